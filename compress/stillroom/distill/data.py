@@ -1,0 +1,288 @@
+"""From documents to windows of tokens: chat rows through the model's template, a blend of sources by weight, packing.
+
+Training and calibration see windows of one length without padding: documents are laid end to end, the tokenizer's end
+token between them, and cut. A tokenizer that starts every text with a bos token (Llama 3, Gemma) gets one at the start
+of each document and of each window as well, because such models put their attention sink there and answer nonsense
+without it. Tokens of a window may look across a border into the document before; masking that is left out here.
+
+The order is a pure function of the seed: documents pass through a shuffle buffer (files are often sorted by origin),
+and the source that is furthest behind its share of tokens comes next. Held-out text is neither shuffled nor blended.
+
+Shapes: N windows, T tokens in each.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from stillroom.artifact import Artifact
+from stillroom.errors import InputError
+from stillroom.recipe import TextSource
+from stillroom.stage import Job
+from stillroom.text import TEACHER, Document, read_documents
+
+TEXT_FILE = "text.jsonl"
+"""Where the artifact of a `teacher` source holds its documents."""
+
+SHUFFLE_DOCUMENTS = 10_000
+SHUFFLE_CHARACTERS = 64_000_000
+"""The shuffle buffer holds at most this much."""
+
+TOKENIZE_TOGETHER = 64
+"""Documents handed to a fast tokenizer at once, which spreads them over the cores."""
+
+HELDOUT_BORDER = "\n\n"
+"""Between held-out documents; text, not a special token, so that every token covers bytes. WikiText-2 is usually
+measured like this (GPTQ, arXiv 2210.17323, and those after it)."""
+
+
+@dataclass(frozen=True)
+class Borders:
+    """The special tokens that packing puts between documents."""
+
+    bos: int | None
+    """Starts each document and each window, where the tokenizer itself adds it."""
+    eos: int | None
+    """Ends each document."""
+
+
+@dataclass(frozen=True)
+class HeldoutText:
+    """Text to measure on."""
+
+    label: str
+    ids: Tensor
+    """(tokens,) int64, without special tokens that are not in the text."""
+    num_bytes: int
+    """UTF-8 bytes of exactly the text that `ids` covers."""
+    bos: int | None
+    """What a window must be started with to be read as the model expects; None: nothing."""
+
+
+def documents(source: TextSource, inputs: Mapping[str, Artifact]) -> Iterator[Document]:
+    """The documents of a source; what the teacher wrote is taken from the input `text:LABEL`."""
+    written = inputs[f"text:{source.label}"].path / TEXT_FILE if source.source == TEACHER else None
+    return read_documents(source, written)
+
+
+def as_text(document: Document, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """Plain text as it is; a conversation as the chat template writes it, special tokens spelled out."""
+    if isinstance(document, str):
+        return document
+    if tokenizer.chat_template is None:
+        raise InputError(f"{where} holds conversations (`messages`), but the model's tokenizer has no chat template")
+    text: str = tokenizer.apply_chat_template(document, tokenize=False)
+    return text
+
+
+def borders(tokenizer: PreTrainedTokenizerBase) -> Borders:
+    """What this tokenizer puts around a text."""
+    starts_with = list(tokenizer("a")["input_ids"])[:1]
+    bos = tokenizer.bos_token_id
+    return Borders(bos=bos if starts_with == [bos] else None, eos=tokenizer.eos_token_id)
+
+
+def calibration_windows(job: Job, tokenizer: PreTrainedTokenizerBase, sequence_length: int, num_windows: int) -> Tensor:
+    """At most `num_windows` windows of the job's blend, (N, T) int64.
+
+    Raises InputError when the text does not fill one.
+    """
+    return packed_windows(job.text, job.inputs, tokenizer, sequence_length, num_windows, seed=job.seed).long()
+
+
+def packed_windows(
+    sources: Sequence[TextSource],
+    inputs: Mapping[str, Artifact],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    num_windows: int,
+    *,
+    seed: int,
+) -> Tensor:
+    """At most `num_windows` windows of the blend, (N, T) int32: fewer when every source was read once before.
+
+    Raises InputError when the text does not fill one.
+    """
+    windows: list[Tensor] = []
+    pending: list[int] = []
+    around = borders(tokenizer)
+    for ids in blend(sources, inputs, tokenizer, seed=seed):
+        _lay_down(ids, pending, around)
+        windows += _cut(pending, sequence_length, around.bos)
+        if len(windows) >= num_windows:
+            break
+    if not windows:
+        labels = ", ".join(source.label for source in sources)
+        raise InputError(
+            f"text ({labels}) has {len(pending)} tokens, a window needs {sequence_length}; "
+            "lower sequence_length or give more text"
+        )
+    return torch.stack(windows[:num_windows])
+
+
+def _lay_down(ids: list[int], pending: list[int], around: Borders) -> None:
+    """Append a document to the stream, with the border where neither side brings it."""
+    if pending and around.eos is not None and around.eos not in (pending[-1], ids[0]):
+        pending.append(around.eos)
+    if around.bos is not None and ids[0] != around.bos:
+        pending.append(around.bos)
+    pending += ids
+
+
+def _cut(pending: list[int], sequence_length: int, bos: int | None) -> list[Tensor]:
+    """Whole windows from the front of the stream, which keeps the rest."""
+    windows = []
+    start = 0
+    while len(pending) - start >= sequence_length:
+        missing_bos = bos is not None and pending[start] != bos
+        end = start + sequence_length - missing_bos
+        window = [bos, *pending[start:end]] if missing_bos else pending[start:end]
+        windows.append(torch.tensor(window, dtype=torch.int32))
+        start = end
+    del pending[:start]
+    return windows
+
+
+@dataclass
+class _Stream:
+    """One source in a blend."""
+
+    source: TextSource
+    ids: Iterator[list[int]]
+    tokens: int = 0
+    passes: int = 0
+
+
+def blend(
+    sources: Sequence[TextSource],
+    inputs: Mapping[str, Artifact],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+) -> Iterator[list[int]]:
+    """Documents as token ids, the sources' tokens in proportion to their weights.
+
+    A source that ends is read again, in another order, until every source was read once.
+    """
+
+    def one_pass(source: TextSource, number: int) -> Iterator[list[int]]:
+        shuffled = shuffle(documents(source, inputs), random.Random(f"{seed}/{source.label}/{number}"))
+        return _capped(tokenize(shuffled, tokenizer, source.source), _cap(source))
+
+    streams = [_Stream(source, one_pass(source, 0)) for source in sources]
+    while True:
+        stream = min(streams, key=lambda s: s.tokens / s.source.weight)
+        ids = next(stream.ids, None)
+        if ids is not None:
+            stream.tokens += len(ids)
+            yield ids
+            continue
+        if stream.tokens == 0:
+            raise InputError(f"{stream.source.source} is empty: it holds no document with text")
+        stream.passes += 1
+        if all(s.passes for s in streams):
+            return
+        stream.ids = one_pass(stream.source, stream.passes)
+
+
+def shuffle(items: Iterable[Document], generator: random.Random) -> Iterator[Document]:
+    """The items in a random order, through a buffer of bounded size."""
+    buffer: list[Document] = []
+    sizes: list[int] = []
+    held = 0
+
+    def draw() -> Document:
+        nonlocal held
+        i = generator.randrange(len(buffer))
+        buffer[i], buffer[-1] = buffer[-1], buffer[i]
+        sizes[i], sizes[-1] = sizes[-1], sizes[i]
+        held -= sizes.pop()
+        return buffer.pop()
+
+    for item in items:
+        buffer.append(item)
+        sizes.append(_characters(item))
+        held += sizes[-1]
+        while len(buffer) > SHUFFLE_DOCUMENTS or held > SHUFFLE_CHARACTERS:
+            yield draw()
+    while buffer:
+        yield draw()
+
+
+def _characters(document: Document) -> int:
+    return len(document) if isinstance(document, str) else sum(len(message["content"]) for message in document)
+
+
+def tokenize(items: Iterable[Document], tokenizer: PreTrainedTokenizerBase, where: str) -> Iterator[list[int]]:
+    """Each document's token ids, special tokens that are spelled out in it included, none added; none is empty."""
+    group: list[str] = []
+    for item in items:
+        group.append(as_text(item, tokenizer, where))
+        if len(group) == TOKENIZE_TOGETHER:
+            yield from _tokenize_group(group, tokenizer)
+            group = []
+    yield from _tokenize_group(group, tokenizer)
+
+
+def _tokenize_group(group: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    if group:  # verbose: a document longer than the model's context is fine here
+        yield from (ids for ids in tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"] if ids)
+
+
+def _cap(source: TextSource) -> int | None:
+    """The most tokens to read. For the teacher's text `tokens` was how much to write, so all of it is read."""
+    return None if source.source == TEACHER else source.tokens
+
+
+def _capped(items: Iterator[list[int]], most: int | None) -> Iterator[list[int]]:
+    """Token documents up to `most` tokens, the last one cut."""
+    for ids in items:
+        if most is None:
+            yield ids
+            continue
+        yield ids[:most]
+        most -= len(ids)
+        if most <= 0:
+            return
+
+
+def heldout_text(
+    source: TextSource, inputs: Mapping[str, Artifact], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> HeldoutText:
+    """The first tokens of a source, in its order, at most `max_tokens` and the source's own `tokens`.
+
+    Raises InputError when there is none.
+    """
+    cap = _cap(source)
+    left = max_tokens if cap is None else min(max_tokens, cap)
+    ids: list[int] = []
+    num_bytes = 0
+    for document in documents(source, inputs):
+        some, covered = _first_tokens(as_text(document, tokenizer, source.source) + HELDOUT_BORDER, tokenizer, left)
+        ids += some
+        num_bytes += covered
+        left -= len(some)
+        if left <= 0:
+            break
+    if not ids:
+        raise InputError(f"{source.source} is empty: it holds no document with text")
+    return HeldoutText(source.label, torch.tensor(ids), num_bytes, borders(tokenizer).bos)
+
+
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[list[int], int]:
+    """At most `most` token ids from the start of the text, and the UTF-8 bytes that they cover."""
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+    ids: list[int] = encoded["input_ids"]
+    if len(ids) > most:
+        ids = ids[:most]
+        if tokenizer.is_fast:
+            text = text[: encoded["offset_mapping"][most - 1][1]]
+        else:
+            text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return ids, len(text.encode())
