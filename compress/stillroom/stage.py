@@ -84,7 +84,7 @@ class StageKind:
 
 
 STAGES: dict[str, StageKind] = {
-    "import": StageKind("stillroom.models.source:run", version=1, writes_model=True),
+    "import": StageKind("stillroom.models.importer:run", version=1, writes_model=True),
     "text": StageKind("stillroom.distill.teacher:run", version=1, writes_model=False),
     "prune": StageKind("stillroom.prune.stage:run", version=1, writes_model=True),
     "distill": StageKind("stillroom.distill.stage:run", version=1, writes_model=True),

@@ -1,0 +1,73 @@
+"""The import stage: bring the model of a recipe to a plain checkpoint directory, copying only what must be converted.
+
+A local directory and the hub's cache are used where they lie; the artifact keeps their location and hashes. A GGUF file is
+dequantized into a checkpoint of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stillroom.errors import EnvironmentCannot, InputError
+from stillroom.export.checkpoint import finish_config
+from stillroom.home import offline
+from stillroom.models.load import DTYPES
+from stillroom.models.source import EMBEDDED, EMBEDDED_ORIGIN, checked_config, model_file_hashes, resolve
+from stillroom.recipe import ModelSource
+from stillroom.stage import Job, StageResult
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "merges.txt", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
+
+
+def run(job: Job) -> StageResult:
+    """Import `job.config` (a ModelSource). Raises InputError for damaged or unsupported models."""
+    source: ModelSource = job.config
+    found = resolve(source)
+    if found.kind == "gguf":
+        assert found.path is not None
+        convert_gguf(found.path, job.out_dir, source)
+        origin = EMBEDDED_ORIGIN if source.source == EMBEDDED else f"dequantized from {found.path.name}"
+        return StageResult(details={"origin": origin, "source": source.source})
+    model_dir = found.path or fetch(source)
+    checked_config(model_dir)
+    details = {"origin": source.source, "source": source.source}
+    if found.kind == "hub":
+        details["revision"] = model_dir.name  # the hub's cache names a snapshot by its commit
+    return StageResult(location=model_dir, files=model_file_hashes(model_dir), details=details)
+
+
+def convert_gguf(path: Path, out_dir: Path, source: ModelSource) -> None:
+    """Dequantize a GGUF file into a checkpoint directory with its tokenizer and chat template."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=DTYPES[source.dtype])
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is no GGUF file that transformers can convert: {error}") from error
+    # transformers reads SmolLM2's eos token from the GGUF as <|im_start|>; the model's own config has the right id
+    if isinstance(model.config.eos_token_id, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    model.save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+    finish_config(out_dir)
+    checked_config(out_dir)
+
+
+def fetch(source: ModelSource) -> Path:
+    """The hub model's files in the local cache, downloading what is missing. safetensors only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = HUB_FILES + (["*.py"] if source.trust_remote_code else [])
+    try:
+        return Path(snapshot_download(source.source, revision=source.revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise InputError(f"{source.source} is gated; accept its terms on the hub and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{source.source} is not on the hub, or HF_TOKEN does not open it") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        why = "HF_HUB_OFFLINE is set" if offline() else "the hub cannot be reached"
+        raise EnvironmentCannot(
+            f"{source.source} is not in the local hub cache and {why}; give a local directory as `model`"
+        ) from error
