@@ -1,0 +1,177 @@
+"""What a Prune config makes of a shape: exact counts, rewritten configs, errors that say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillroom.errors import InputError
+from stillroom.models.shape import ModelShape, shape_of
+from stillroom.prune.targets import target_shape
+from stillroom.recipe import Prune
+
+QWEN3_8B: dict[str, Any] = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "max_window_layers": 36,
+}
+SMOLLM2_135M: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+QWEN2_TINY: dict[str, Any] = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+}
+GEMMA3_TINY: dict[str, Any] = {
+    **QWEN2_TINY,
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+
+
+def shape(config: dict[str, Any]) -> ModelShape:
+    return shape_of(config, "test")
+
+
+def test_the_shipped_qwen3_cuts_have_the_expected_sizes() -> None:
+    deep = target_shape(Prune(num_layers=24), shape(QWEN3_8B))
+    assert shape(QWEN3_8B).num_params == 8_190_735_360
+    assert deep.num_params == 8_190_735_360 - 12 * (
+        4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 256
+    )
+    assert (deep.config["num_hidden_layers"], deep.config["max_window_layers"]) == (24, 24)
+    wide = target_shape(Prune(intermediate_size=9216, hidden_size=3584), shape(QWEN3_8B))
+    assert (wide.config["hidden_size"], wide.config["intermediate_size"], wide.config["head_dim"]) == (3584, 9216, 128)
+    assert shape_of(wide.config, "again").num_params == wide.num_params
+
+
+def test_the_rewritten_config_describes_the_same_shape() -> None:
+    target = target_shape(Prune(drop_layers=(1, 2), num_key_value_heads=1), shape(GEMMA3_TINY))
+    assert target == dataclasses.replace(shape_of(target.config, "again"))
+    assert target.config["layer_types"] == ["sliding_attention", "full_attention"]
+    assert target.config["num_attention_heads"] == 2  # each KV group brings its query heads
+    assert GEMMA3_TINY["num_hidden_layers"] == 4
+
+
+def test_chosen_layers_cut_the_per_layer_lists() -> None:
+    target = target_shape(Prune(num_layers=2), shape(GEMMA3_TINY), keep_layers=(1, 3))
+    assert target.config["layer_types"] == ["full_attention", "full_attention"]
+
+
+def test_a_count_of_bottom_layers_becomes_the_count_of_those_that_stay() -> None:
+    windowed = shape(QWEN3_8B | {"max_window_layers": 28})
+    assert target_shape(Prune(drop_layers=(0, 30)), windowed).config["max_window_layers"] == 27
+    assert (
+        target_shape(Prune(drop_layers=(35,)), shape(QWEN3_8B | {"max_window_layers": 99})).config["max_window_layers"]
+        == 35
+    )
+
+
+def test_a_per_layer_list_of_another_length_is_refused() -> None:
+    broken = shape(GEMMA3_TINY | {"layer_types": ["full_attention"] * 3})
+    with pytest.raises(InputError, match="layer_types has 3 entries for 4 layers"):
+        target_shape(Prune(num_layers=2), broken)
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "message"),
+    [
+        (QWEN3_8B, {"num_layers": 40}, "num_layers 40 is above the model's 36.*give 1 to 36"),
+        (QWEN3_8B, {"drop_layers": (3, 36)}, "drop_layers names layer 36; the model has layers 0 to 35"),
+        (QWEN3_8B, {"drop_layers": (-1,)}, "drop_layers names layer -1"),
+        (QWEN2_TINY, {"drop_layers": (0, 1, 2, 3)}, "names all 4 layers"),
+        (QWEN3_8B, {"hidden_size": 8192}, "hidden_size 8192 is above the model's 4096"),
+        (QWEN3_8B, {"intermediate_size": 9217}, "intermediate_size 9217 is odd.*9216 or 9218"),
+        (QWEN3_8B, {"num_attention_heads": 20}, r"num_attention_heads 20 with 8 KV groups.*\[8, 16, 24, 32\]"),
+        (
+            QWEN3_8B,
+            {"num_attention_heads": 16, "num_key_value_heads": 2},
+            r"16 with 2 KV groups.*its 4 .*\[2, 4, 6, 8\]",
+        ),
+        (QWEN3_8B, {"num_key_value_heads": 9}, "num_key_value_heads 9 is above the model's 8"),
+        (SMOLLM2_135M, {"hidden_size": 512}, "hidden_size 512 with num_attention_heads 9: transformers.*504 or 522"),
+        (QWEN2_TINY, {"hidden_size": 48}, "hidden_size 48.*must stay 16; use hidden_size 64 with these heads"),
+        (QWEN2_TINY, {"num_key_value_heads": 1}, "hidden_size 64 with num_attention_heads 2.*use hidden_size 32"),
+        (SMOLLM2_135M, {"target_params": 10**9}, "target_params 1000000000 is above the model's 134515008"),
+        (SMOLLM2_135M, {"target_params": 10**6}, "cannot be reached by shrink: depth; the least is 31852224"),
+        (SMOLLM2_135M, {"target_params": 10**8, "shrink": "width"}, "multiple_of 128 leaves nothing.*is 1152.*9 heads"),
+        (
+            QWEN2_TINY,
+            {"target_params": 10**5, "shrink": "width"},
+            "shrink: width would cut hidden_size 64.*shrink: depth",
+        ),
+        (QWEN3_8B, {"target_params": 10**6, "shrink": "width"}, "cannot be reached by shrink: width; the least is "),
+    ],
+)
+def test_a_wrong_size_says_what_is_allowed(base: dict[str, Any], fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        target_shape(Prune(**fields), shape(base))
+
+
+def test_qwen2_keeps_its_head_size_when_hidden_and_heads_are_cut_together() -> None:
+    target = target_shape(Prune(hidden_size=32, num_key_value_heads=1), shape(QWEN2_TINY))
+    assert (target.hidden_size, target.num_attention_heads, target.config["head_dim"]) == (32, 2, 16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(target=st.integers(31_852_224, 134_515_008))
+def test_a_target_by_depth_keeps_as_many_layers_as_fit(target: int) -> None:
+    dense = shape(SMOLLM2_135M)
+    found = target_shape(Prune(target_params=target), dense)
+    assert found.num_params <= target
+    if found.num_layers < dense.num_layers:
+        assert dataclasses.replace(found, num_layers=found.num_layers + 1).num_params > target
+
+
+@settings(max_examples=40, deadline=None)
+@given(target=st.integers(500_000_000, 8_190_735_360), multiple_of=st.sampled_from([64, 128, 256]))
+def test_a_target_by_width_is_the_largest_in_proportion(target: int, multiple_of: int) -> None:
+    dense = shape(QWEN3_8B)
+    found = target_shape(Prune(target_params=target, shrink="width", multiple_of=multiple_of), dense)
+    assert found.num_params <= target
+    assert found.hidden_size % multiple_of == 0 == found.intermediate_size % multiple_of
+    assert abs(found.hidden_size / 4096 - found.intermediate_size / 12288) < multiple_of / 4096
+    if (found.hidden_size, found.intermediate_size) != (4096, 12288):
+        wider = [
+            dataclasses.replace(found, hidden_size=found.hidden_size + h, intermediate_size=found.intermediate_size + f)
+            for h, f in ((multiple_of, 0), (0, multiple_of))
+        ]
+        both = dataclasses.replace(wider[0], intermediate_size=wider[1].intermediate_size)
+        assert both.num_params > target
+
+
+def test_a_target_of_the_models_own_size_is_the_model() -> None:
+    dense = shape(QWEN3_8B)
+    for shrink in ("depth", "width"):
+        assert target_shape(Prune(target_params=dense.num_params, shrink=shrink), dense).num_params == dense.num_params
+
+
+def test_targets_import_no_torch() -> None:
+    code = "import sys, stillroom.prune.targets; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
