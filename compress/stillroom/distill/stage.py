@@ -1,0 +1,129 @@
+"""The distill stage: the pruned student learns the unpruned teacher's next-token distributions, and keeps its form.
+
+Everything that can be wrong is looked at before the first step: tokenizers, sizes, text, disk. Beside the training text
+a few windows of the same blend are kept apart; KL to the teacher on them, before and after, is in the details. They say
+whether training worked, not how good the model is: that is measured on held-out text, which this stage never sees.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stillroom.artifact import write_atomically
+from stillroom.distill.data import packed_windows
+from stillroom.distill.train import BYTES_PER_PARAM, Point, Student, mean_kl, train
+from stillroom.errors import EnvironmentCannot, InputError
+from stillroom.export.checkpoint import save_checkpoint
+from stillroom.models.load import load_model, load_tokenizer
+from stillroom.models.shape import ModelShape, read_config, shape_of
+from stillroom.recipe import Distill
+from stillroom.stage import Job, StageResult
+from stillroom.text import check_text
+
+LOSS_FILE = "loss.json"
+
+VALIDATION_WINDOWS = 8
+"""Kept apart from training when there are four times as many."""
+
+
+def run(job: Job) -> StageResult:
+    """Distill `job.source` from `job.dense` on the job's text."""
+    config: Distill = job.config
+    student_dir, teacher_dir = job.source.model_dir, job.dense.model_dir
+    shape, teacher_shape = (shape_of(read_config(path), str(path)) for path in (student_dir, teacher_dir))
+    tokenizer = load_tokenizer(student_dir)
+    _check(job, shape, teacher_shape, tokenizer, load_tokenizer(teacher_dir))
+    windows, validation = _windows(job, tokenizer)
+    job.progress.log(
+        f"distill {job.name}: {config.num_steps} steps of {config.batch_size} x {config.sequence_length} tokens "
+        f"from {len(windows)} windows"
+    )
+
+    teacher = load_model(teacher_dir).requires_grad_(False)
+    model = load_model(student_dir)
+    dtype = model.dtype
+    student = Student(model)
+    kl_before = _validate(student, teacher, validation, config)
+    history = train(
+        student, teacher, windows, config, seed=job.seed, scratch_dir=job.scratch_dir, progress=job.progress
+    )
+    kl_after = _validate(student, teacher, validation, config)
+    model.to(dtype)
+    student.publish()
+    save_checkpoint(model, student_dir, job.out_dir)
+    _save_curve(job.out_dir / LOSS_FILE, history)
+    return StageResult(
+        tokens=history[-1].tokens,
+        details=_details(history, len(windows)) | {"validation_kl_before": kl_before, "validation_kl_after": kl_after},
+    )
+
+
+def _check(
+    job: Job,
+    shape: ModelShape,
+    teacher_shape: ModelShape,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    config: Distill = job.config
+    if shape.vocab_size != teacher_shape.vocab_size:
+        raise InputError(
+            f"the student has {shape.vocab_size} tokens, the teacher {teacher_shape.vocab_size}; "
+            "distributions over different vocabularies cannot be compared"
+        )
+    if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+        raise InputError(
+            f"the tokenizers of student ({job.source.model_dir}) and teacher ({job.dense.model_dir}) differ; "
+            "a student is distilled from the model it was cut from"
+        )
+    longest = shape.config.get("max_position_embeddings")
+    if longest is not None and config.sequence_length > longest:
+        raise InputError(
+            f"sequence_length {config.sequence_length} is beyond the model's {longest} positions; lower it"
+        )
+    for source in job.text:
+        check_text(source)
+    # the checkpoint that is being written beside the one before, and the result
+    needed = 2 * BYTES_PER_PARAM * shape.num_params + shape.weight_bytes("float32")
+    free = shutil.disk_usage(job.scratch_dir).free
+    if free < needed:
+        raise EnvironmentCannot(
+            f"distillation checkpoints need {needed / 1e9:.1f} GB in {job.scratch_dir}, "
+            f"{free / 1e9:.1f} GB are free; make room"
+        )
+
+
+def _windows(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Windows to train on and windows kept apart, (N, T) each; the latter may be none."""
+    config: Distill = job.config
+    wanted = config.num_steps * config.batch_size + VALIDATION_WINDOWS
+    windows = packed_windows(job.text, job.inputs, tokenizer, config.sequence_length, wanted, seed=job.seed)
+    apart = VALIDATION_WINDOWS if len(windows) >= 4 * VALIDATION_WINDOWS else 0
+    return windows[: len(windows) - apart], windows[len(windows) - apart :]
+
+
+def _validate(student: Student, teacher: PreTrainedModel, validation: Tensor, config: Distill) -> float | None:
+    return mean_kl(student.model, teacher, validation, config) if len(validation) else None
+
+
+def _save_curve(path: Path, history: list[Point]) -> None:
+    write_atomically(path, json.dumps([asdict(point) for point in history], indent=1) + "\n")
+
+
+def _details(history: list[Point], num_windows: int) -> dict[str, float | int]:
+    """Losses are means over the first and the last tenth of the steps."""
+    tenth = max(len(history) // 10, 1)
+    seconds = sum((point.tokens / point.step) / point.tok_s for point in history)
+    return {
+        "steps": len(history),
+        "windows": num_windows,
+        "first_loss": sum(point.loss for point in history[:tenth]) / tenth,
+        "last_loss": sum(point.loss for point in history[-tenth:]) / tenth,
+        "tok_s": history[-1].tokens / seconds,
+    }

@@ -1,0 +1,265 @@
+"""The distill stage on tiny real models: it learns, it goes on after a kill with the same bits, it refuses early."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from jobs import Remembered, artifact_at, job_for
+from stillroom.distill import stage
+from stillroom.distill.train import (
+    CHECKPOINT,
+    Student,
+    learning_rate,
+    load_checkpoint,
+    mean_kl,
+    save_training,
+    train,
+    windows_of_step,
+)
+from stillroom.errors import EnvironmentCannot, InputError
+from stillroom.recipe import Distill, TextSource
+from stillroom.stage import Job
+from tiny import tiny_checkpoint, tiny_model, tiny_text_file
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code may catch it."""
+
+
+def distill(**overrides: Any) -> Distill:
+    fields: dict[str, Any] = {
+        "tokens": 8 * 4 * 16, "sequence_length": 16, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3,
+        "min_learning_rate": 1e-4, "chunk_tokens": 10, "save_every_steps": 3, "weight_decay": 0.01,
+    }  # fmt: skip
+    return Distill(**(fields | overrides))
+
+
+def distill_job(tmp_path: Path, config: Distill, *, progress: Remembered | None = None, **student: Any) -> Job:
+    """A 4-layer teacher and a student of 3 layers, on tiny English."""
+    if not (tmp_path / "dense").exists():
+        tiny_checkpoint(tmp_path / "dense", seed=0, dtype=torch.bfloat16)
+        fields: dict[str, Any] = {"seed": 1, "dtype": torch.bfloat16, "num_hidden_layers": 3}
+        tiny_checkpoint(tmp_path / "student", **(fields | student))
+        tiny_text_file(tmp_path / "text.txt")
+    return job_for(
+        config,
+        tmp_path,
+        inputs={"source": artifact_at(tmp_path / "student"), "dense": artifact_at(tmp_path / "dense")},
+        text=(TextSource(source=str(tmp_path / "text.txt")),),
+        progress=progress,
+    )
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def test_a_student_gets_closer_to_its_teacher(tmp_path: Path) -> None:
+    progress = Remembered()
+    result = stage.run(distill_job(tmp_path, distill(tokens=60 * 8 * 16, batch_size=8), progress=progress))
+    assert result.tokens == 60 * 8 * 16
+    assert result.details["steps"] == 60
+    assert result.details["validation_kl_after"] < 0.8 * result.details["validation_kl_before"]
+    assert result.details["last_loss"] < result.details["first_loss"]
+    assert progress.updates[-1][:2] == (60, 60)
+    curve = json.loads((tmp_path / "out" / "loss.json").read_text())
+    assert [point["step"] for point in curve] == list(range(1, 61))
+    assert curve[-1]["tokens"] == 60 * 8 * 16
+
+
+def test_the_result_is_a_checkpoint_of_the_students_form(tmp_path: Path) -> None:
+    stage.run(distill_job(tmp_path, distill()))
+    out, source = weights(tmp_path / "out"), weights(tmp_path / "student")
+    assert {name: (t.shape, t.dtype) for name, t in out.items()} == {
+        name: (t.shape, t.dtype) for name, t in source.items()
+    }
+    assert "lm_head.weight" not in out, "tied embeddings stay tied"
+    assert any(not torch.equal(out[name], source[name]) for name in out)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert config["num_hidden_layers"] == 3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generate(torch.tensor([[0, 10, 11]]), max_new_tokens=3).shape == (1, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_come_out_as_they_came(tmp_path: Path, dtype: torch.dtype) -> None:
+    stage.run(distill_job(tmp_path, distill(), dtype=dtype))
+    assert {t.dtype for t in weights(tmp_path / "out").values()} == {dtype}
+
+
+@pytest.mark.parametrize("killed_after", [2, 3, 7])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, killed_after: int) -> None:
+    stage.run(distill_job(tmp_path / "whole", distill()))
+
+    def kill(step: int) -> None:
+        if step == killed_after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        stage.run(distill_job(tmp_path / "killed", distill(), progress=Remembered(on_update=kill)))
+    again = Remembered()
+    result = stage.run(distill_job(tmp_path / "killed", distill(), progress=again))
+
+    assert again.updates[0][0] == killed_after - killed_after % 3 + 1, "goes on after the last checkpoint"
+    assert result.details["steps"] == 8
+    whole, resumed = weights(tmp_path / "whole" / "out"), weights(tmp_path / "killed" / "out")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_micro_batches_and_chunks_do_not_change_what_is_learned(tmp_path: Path) -> None:
+    windows = torch.randint(0, 384, (16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    teacher, learned = tiny_model(seed=0), []
+    for micro_batch_size, chunk_tokens in ((4, 1000), (1, 7)):
+        config = distill(micro_batch_size=micro_batch_size, chunk_tokens=chunk_tokens, ce_weight=0.3, tokens=4 * 4 * 16)
+        student = Student(tiny_model(seed=1, num_hidden_layers=2))
+        train(student, teacher, windows, config, seed=0, scratch_dir=tmp_path, progress=Remembered())
+        learned.append(student.masters)
+    for name, master in learned[0].items():
+        torch.testing.assert_close(master, learned[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_one_step_is_torchs_own_adamw_on_the_naive_loss(tmp_path: Path) -> None:
+    """The whole step against the textbook: whole logits, torch's KL, autograd, clip, AdamW."""
+    windows = torch.randint(0, 384, (4, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    config = distill(tokens=4 * 16, warmup_fraction=0.0, temperature=2.0)
+    teacher, model = tiny_model(seed=0), tiny_model(seed=1, num_hidden_layers=2)
+    naive = copy.deepcopy(model)
+    student = Student(model)
+    history = train(student, teacher, windows, config, seed=0, scratch_dir=tmp_path, progress=Remembered())
+
+    ids = windows.long()
+    with torch.no_grad():
+        log_p = (teacher(ids).logits / 2.0).log_softmax(-1)
+    log_q = (naive(ids).logits / 2.0).log_softmax(-1)
+    loss = 4.0 * torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum") / ids.numel()
+    torch.autograd.backward(loss)
+    norm = torch.nn.utils.clip_grad_norm_(naive.parameters(), config.max_grad_norm)
+    groups = [
+        {"params": [p for p in naive.parameters() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in naive.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95)).step()
+
+    assert history[0].loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert history[0].grad_norm == pytest.approx(float(norm), rel=1e-4)
+    for name, parameter in naive.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
+    config = distill(tokens=100 * 4 * 16, warmup_fraction=0.1)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == pytest.approx(1e-3)
+    assert rates[99] == pytest.approx(1e-4)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert learning_rate(0, distill(tokens=4 * 16, warmup_fraction=0.0)) == pytest.approx(1e-3)
+
+
+def test_every_window_is_seen_once_an_epoch() -> None:
+    seen = torch.cat([windows_of_step(step, 10, 4, seed=3) for step in range(5)])
+    assert sorted(seen[:10].tolist()) == list(range(10))
+    assert sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_mean_kl_is_the_models_own() -> None:
+    teacher, model = tiny_model(seed=0), tiny_model(seed=1)
+    windows = torch.randint(0, 384, (3, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    with torch.no_grad():
+        log_p, log_q = (m(windows.long()).logits.double().log_softmax(-1) for m in (teacher, model))
+    expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert mean_kl(model, teacher, windows, distill()) == pytest.approx(expected, rel=1e-5)
+
+
+def trained(model: PreTrainedModel) -> tuple[Student, torch.optim.AdamW]:
+    """A student with one step behind it."""
+    student = Student(model)
+    optimizer = torch.optim.AdamW(list(student.masters.values()), lr=1e-3)
+    optimizer.step()
+    return student, optimizer
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    student, optimizer = trained(tiny_model())
+    path = tmp_path / CHECKPOINT
+    save_training(path, student, optimizer, [])
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with EFBIG, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(EnvironmentCannot, match="make room and run again"):
+            save_training(path, student, optimizer, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path) -> None:
+    save_training(tmp_path / CHECKPOINT, *trained(tiny_model(num_hidden_layers=2)), [])
+    with pytest.raises(InputError, match="is no checkpoint of this training"):
+        load_checkpoint(tmp_path / CHECKPOINT, *trained(tiny_model(num_hidden_layers=3)))
+
+
+def test_a_loss_that_is_no_number_is_named_with_what_to_do(tmp_path: Path) -> None:
+    model = tiny_model(seed=1)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] = float("nan")
+    with pytest.raises(InputError, match=r"broke down at step 1 .*lower learning_rate"):
+        train(
+            Student(model), tiny_model(), torch.ones(8, 16, dtype=torch.int32), distill(), seed=0,
+            scratch_dir=tmp_path, progress=Remembered(),
+        )  # fmt: skip
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    job = distill_job(tmp_path, distill(), vocab_size=400)
+    with pytest.raises(InputError, match="the student has 400 tokens, the teacher 384"):
+        stage.run(job)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    job = distill_job(tmp_path, distill())
+    path = tmp_path / "student" / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|user|>", "<|human|>"))
+    with pytest.raises(InputError, match=r"the tokenizers of student .* differ"):
+        stage.run(job)
+
+
+def test_a_sequence_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sequence_length 4096 is beyond the model's 2048 positions"):
+        stage.run(distill_job(tmp_path, distill(sequence_length=4096, tokens=4 * 4096)))
+
+
+def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
+    job = distill_job(tmp_path, distill(sequence_length=1024, tokens=4 * 1024))
+    (tmp_path / "text.txt").write_text("too short")
+    with pytest.raises(InputError, match="a window needs 1024"):
+        stage.run(job)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_without_room_for_checkpoints_is_found_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = distill_job(tmp_path, distill())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(EnvironmentCannot, match="distillation checkpoints need"):
+        stage.run(job)
