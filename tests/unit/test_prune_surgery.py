@@ -339,7 +339,7 @@ def shapes_and_cuts(draw: st.DrawFn) -> tuple[ModelShape, Cut]:
     """A shape of any family and any homogeneous cut of it."""
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     layers = draw(st.integers(1, 4))
-    config = {
+    config: dict[str, Any] = {
         "vocab_size": 11,
         "num_hidden_layers": layers,
         "hidden_size": draw(st.integers(2, 12)),
