@@ -1,0 +1,374 @@
+"""The report: one HTML page that opens anywhere, now and in ten years. No script, no network, no font of its own.
+
+All that it says is in verdict.json, so it can be made again from that file alone. Whatever comes from outside (names,
+paths, reasons) is escaped.
+"""
+
+from __future__ import annotations
+
+import shlex
+import string
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from stillroom.artifact import Measurement, write_atomically
+from stillroom.verdict import columns, plots
+from stillroom.verdict.plots import Bar, Look, Point
+from stillroom.verdict.table import all_notes
+from stillroom.verdict.verdict import Row, Verdict, load_verdict
+
+REPORT_FILE = "report.html"
+TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
+def rewrite_report(verdict_dir: Path) -> Path:
+    """Make the report again from the directory's verdict.json, and say where it is."""
+    return write_report(load_verdict(verdict_dir), verdict_dir)
+
+
+def write_report(verdict: Verdict, out_dir: Path) -> Path:
+    """Write report.html, and each plot as an .svg beside it."""
+    for name, svg in draw(verdict).items():
+        write_atomically(out_dir / f"{name}.svg", plots.standalone(svg))
+    write_atomically(out_dir / REPORT_FILE, render_html(verdict))
+    return out_dir / REPORT_FILE
+
+
+def render_html(verdict: Verdict) -> str:
+    """The whole page."""
+    drawn = draw(verdict)
+    sections = (
+        _gates(verdict),
+        _section("Every variant", _main_table(verdict) + _notes(verdict)),
+        _tradeoff(verdict, drawn),
+        _baselines(verdict),
+        _throughput(verdict),
+        _plots(drawn),
+        _provenance(verdict),
+    )
+    template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(f"{verdict.final}, {verdict.recipe}: stillroom verdict"),
+        recipe=escape(verdict.recipe),
+        final=escape(verdict.final),
+        status="pass" if verdict.passed else "fail",
+        badge=_badge(verdict),
+        sentence=escape(verdict.sentence),
+        tiles=_tiles(verdict),
+        sections="\n".join(filter(None, sections)),
+        plot_css=plots.PLOT_CSS,
+        footer=_footer(verdict),
+    )
+
+
+def draw(verdict: Verdict) -> dict[str, str]:
+    """Every plot that there are numbers for, by file name."""
+    drawn: dict[str, str] = {}
+    if (points := _points(verdict)) and verdict.headline:
+        drawn["quality-throughput"] = plots.scatter(
+            points,
+            plot_id="quality-throughput",
+            x_label="best output tokens per second",
+            y_label=columns.title(verdict.headline),
+            higher_is_better=_higher_is_better(verdict, verdict.headline),
+            title="Quality against throughput",
+        )
+    weights = [
+        Bar(row.variant, size, _weight_text(row, verdict.row("dense")), _look(row, verdict.final))
+        for row in verdict.rows
+        if (size := row.value(columns.WEIGHT_BYTES)) is not None
+    ]
+    if weights:
+        drawn["weights"] = plots.bars(weights, plot_id="weights", title="Bytes of weights")
+    for stage, points_of_loss in verdict.losses.items():
+        drawn[f"loss-{stage}"] = plots.curve(
+            [(p.tokens, p.loss) for p in points_of_loss],
+            plot_id=f"loss-{stage}",
+            x_label="tokens",
+            y_label="loss",
+            title=f"Loss of {stage}",
+        )
+    for stage, influence in verdict.influence.items():
+        drawn[f"influence-{stage}"] = plots.columns_by_layer(
+            influence.scores,
+            influence.dropped,
+            plot_id=f"influence-{stage}",
+            y_label="block influence",
+            title=f"What {stage} cut, and why",
+        )
+    return drawn
+
+
+def _badge(verdict: Verdict) -> str:
+    passed = sum(gate.status == "pass" for gate in verdict.gates)
+    if verdict.gates:
+        return f"{'Passed' if verdict.passed else 'Failed'}: {passed} of {len(verdict.gates)} gates"
+    return "No gates given" if verdict.passed else "Verification failed"
+
+
+def _tiles(verdict: Verdict) -> str:
+    """The judged variant beside the dense model, in four numbers."""
+    final, dense = verdict.row(verdict.final), verdict.row("dense")
+    tiles = []
+    if verdict.headline:
+        mine, theirs = final.measurements.get(verdict.headline), dense.measurements.get(verdict.headline)
+        title = f"{columns.title(verdict.headline)}, of dense's"
+        better_up = _higher_is_better(verdict, verdict.headline)
+        tiles.append(_tile(title, mine, theirs, columns.with_error, "{:.0%}".format if better_up else columns.times))
+    tiles.append(
+        _tile("throughput, of dense's", columns.throughput(final), columns.throughput(dense), _tok_s, columns.times)
+    )
+    for title, metric in (
+        ("bytes of weights, of dense's", columns.WEIGHT_BYTES),
+        ("parameters, of dense's", columns.PARAMETERS),
+    ):
+        tiles.append(
+            _tile(title, final.measurements.get(metric), dense.measurements.get(metric), columns.show, columns.times)
+        )
+    return f'<dl class="tiles">{"".join(tiles)}</dl>'
+
+
+def _tile(
+    title: str,
+    mine: Measurement | None,
+    theirs: Measurement | None,
+    write: Callable[[Measurement], str],
+    compare: Callable[[float], str],
+) -> str:
+    share = columns.ratio(mine, theirs)
+    if mine is None or theirs is None or share is None:
+        return f'<div class="tile"><dt>{escape(title)}</dt><dd class="none">not measured</dd></div>'
+    both = f"{write(mine)} against {write(theirs)}"
+    return f'<div class="tile"><dt>{escape(title)}</dt><dd>{escape(compare(share))}</dd><dd>{escape(both)}</dd></div>'
+
+
+def _gates(verdict: Verdict) -> str:
+    if not verdict.gates:
+        return ""
+    rows = [(_pill(g.status, g.status), f"<code>{escape(g.gate)}</code>", escape(g.reason)) for g in verdict.gates]
+    return _section(f"Gates on {verdict.final}", _words(("result", "gate", "measured"), rows))
+
+
+def _main_table(verdict: Verdict) -> str:
+    metrics = columns.quality_metrics(verdict.rows)
+    heads = [
+        "variant",
+        "parameters",
+        "weights",
+        "peak memory",
+        *map(columns.title, metrics),
+        "best output tok/s",
+        "speed-up",
+    ]
+    body = []
+    dense = verdict.row("dense")
+    for row in verdict.rows:
+        gained = columns.speed_up(row, dense)
+        cells = [
+            _cell(row.measurements.get(columns.PARAMETERS), columns.show),
+            _cell(row.measurements.get(columns.WEIGHT_BYTES), columns.show),
+            _cell(columns.memory(row), columns.show, row.not_measured.get("speed")),
+            *(
+                _cell(row.measurements.get(metric), _value_and_error, row.not_measured.get("quality"))
+                for metric in metrics
+            ),
+            _cell(columns.throughput(row), _tok_s, row.not_measured.get("speed")),
+            '<td class="none">not measured</td>' if gained is None else f"<td>{columns.times(gained)}</td>",
+        ]
+        body.append(_row(row, verdict, cells))
+    return _table(heads, body, "Quality with ± one standard error; speed-up is throughput over dense's.")
+
+
+def _throughput(verdict: Verdict) -> str:
+    """By concurrency: output tokens per second first, then the latencies that were measured with it."""
+    levels = columns.levels(verdict.rows)
+    if not levels:
+        return ""
+    names = {n.split(".", 2)[2] for r in verdict.rows for n in r.measurements if columns.level_of(n) is not None}
+    ordered = sorted(names, key=lambda name: (name != "output_tok_s", name))
+    tables = [_by_level(verdict, name, levels) for name in ordered]
+    return _section("Throughput and latency", f'{_bench_words(verdict)}<div class="stack">{"".join(tables)}</div>')
+
+
+def _by_level(verdict: Verdict, name: str, levels: Sequence[int]) -> str:
+    """One metric: variants down, requests in flight across."""
+    body = []
+    units = set()
+    for row in verdict.rows:
+        found = [row.measurements.get(f"speed.c{level}.{name}") for level in levels]
+        if any(found):
+            units |= {m.unit for m in found if m}
+            body.append(_row(row, verdict, [_cell(m, _value_and_error) for m in found]))
+    caption = f"{name.replace('_', ' ')}, in {' or '.join(sorted(units))}, by requests in flight"
+    return _table(["variant", *map(str, levels)], body, caption)
+
+
+def _bench_words(verdict: Verdict) -> str:
+    facts = ", ".join(f"{k.replace('_', ' ')} {_fact(v)}" for k, v in verdict.bench.items() if k != "schema_version")
+    return f'<p class="soft">All variants were served and loaded by the same code in the same run: {escape(facts)}.</p>'
+
+
+def _tradeoff(verdict: Verdict, drawn: Mapping[str, str]) -> str:
+    if "quality-throughput" not in drawn:
+        return ""
+    caption = (
+        "Better is up and to the right. Square: dense; circle: a stage; diamond: a baseline; filled: the one judged. "
+        "The dashed line joins variants that no other one beats on both axes. Vertical bars: one standard error."
+    )
+    figure = f'<figure class="card"><div class="wide" style="overflow-x:auto">{drawn["quality-throughput"]}</div>'
+    return _section("Quality against throughput", f"{figure}<figcaption>{caption}</figcaption></figure>")
+
+
+def _baselines(verdict: Verdict) -> str:
+    if not verdict.baselines:
+        return ""
+    colour = {"use the baseline": "fail", "keep": "pass"}
+    rows = [
+        (s.baseline.removeprefix("baseline:"), _pill(s.outcome, colour.get(s.outcome, "")), escape(s.sentence))
+        for s in verdict.baselines
+    ]
+    return _section("Against the baselines", _words(("baseline", "judgement", "why"), rows))
+
+
+def _plots(drawn: Mapping[str, str]) -> str:
+    titles = {"weights": "Bytes of weights"}
+    figures = []
+    for name, svg in drawn.items():
+        if name == "quality-throughput":
+            continue
+        what, _, stage = name.partition("-")
+        title = titles.get(name) or {"loss": f"Loss of {stage}", "influence": f"Layers cut by {stage}"}[what]
+        figures.append(f'<figure class="card"><h3>{escape(title)}</h3>{svg}</figure>')
+    return _section("How it came about", f'<div class="plots">{"".join(figures)}</div>') if figures else ""
+
+
+def _provenance(verdict: Verdict) -> str:
+    """Keys, configs and numbers of each variant, versions, and how to get the same again."""
+    folded = [_folded(row.variant, _facts(_made_by(row)) + _all_numbers(row)) for row in verdict.rows]
+    folded.append(_folded("versions and hardware", _facts({**verdict.environment, **verdict.bench})))
+    final = shlex.quote(verdict.row(verdict.final).path)
+    commands = (
+        f"stillroom run {shlex.quote(verdict.recipe)} --set seed={verdict.seed}\n"
+        f"stillroom serve {final}\n"
+        f"stillroom verify {final}"
+    )
+    again = f'<h3 class="apart">The same again</h3><pre>{escape(commands)}</pre>'
+    return _section("Provenance", f'<div class="scroll">{"".join(folded)}</div>{again}')
+
+
+def _made_by(row: Row) -> dict[str, object]:
+    made = {
+        "artifact key": row.artifact_key,
+        "made by": row.kind,
+        "seconds": f"{row.seconds:,.1f}",
+        "checkpoint": row.path,
+    }
+    return {**made, **row.config}
+
+
+def _all_numbers(row: Row) -> str:
+    """Every measurement, with error and sample count."""
+    lines = []
+    for m in row.measurements.values():
+        error = "" if m.stderr is None else f"± {columns.number(m.stderr, 2)}"
+        samples = "" if m.n is None else f"n = {m.n:,}"
+        value = f"{columns.number(m.value, 6)} {escape(m.unit)}"
+        lines.append(
+            f"<tr><td><code>{escape(m.name)}</code></td><td>{value}</td><td>{error}</td><td>{samples}</td></tr>"
+        )
+    return f'<table class="words"><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _facts(facts: Mapping[str, object]) -> str:
+    lines = (f'<tr><td>{escape(name)}</td><td class="mono">{escape(_fact(v))}</td></tr>' for name, v in facts.items())
+    return f'<table class="words"><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _notes(verdict: Verdict) -> str:
+    items = "".join(f"<li>{escape(note)}</li>" for note in all_notes(verdict.rows))
+    return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def _footer(verdict: Verdict) -> str:
+    version = verdict.environment.get("stillroom")
+    return f"Written by stillroom{' ' + escape(version) if version else ''} from verdict.json, seed {verdict.seed}."
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
+
+
+def _words(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of words; the cells are HTML."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table class="words"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _pill(words: str, css: str) -> str:
+    return f'<span class="badge {css}">{escape(words)}</span>'
+
+
+def _table(heads: Sequence[str], body: Sequence[str], caption: str) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    return (
+        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _row(row: Row, verdict: Verdict, cells: Sequence[str]) -> str:
+    return f'<tr class="{_look(row, verdict.final)}"><th scope="row">{escape(row.variant)}</th>{"".join(cells)}</tr>'
+
+
+def _cell(measurement: Measurement | None, write: Callable[[Measurement], str], reason: str | None = None) -> str:
+    if measurement is None:
+        why = f' title="{escape(reason, quote=True)}"' if reason else ""
+        return f'<td class="none"{why}>not measured</td>'
+    return f"<td>{write(measurement)}</td>"
+
+
+def _value_and_error(measurement: Measurement) -> str:
+    value, _, error = columns.show(measurement).partition(" ± ")
+    return escape(value) + (f"<small>± {escape(error)}</small>" if error else "")
+
+
+def _tok_s(measurement: Measurement) -> str:
+    return columns.number(measurement.value)
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_fact(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_fact, value))
+    return "none" if value is None else str(value)
+
+
+def _points(verdict: Verdict) -> list[Point]:
+    """Variants with both quality and throughput."""
+    points = []
+    for row in verdict.rows:
+        quality, speed = row.measurements.get(verdict.headline or ""), columns.throughput(row)
+        if quality is not None and speed is not None:
+            points.append(Point(row.variant, speed.value, quality.value, _look(row, verdict.final), quality.stderr))
+    return points
+
+
+def _look(row: Row, final: str) -> Look:
+    return "final" if row.variant == final else row.role
+
+
+def _weight_text(row: Row, dense: Row) -> str:
+    share = columns.ratio(*(each.measurements.get(columns.WEIGHT_BYTES) for each in (row, dense)))
+    text = columns.show(row.measurements[columns.WEIGHT_BYTES])
+    return text if share is None or row.variant == "dense" else f"{text} ({columns.times(share)})"
+
+
+def _higher_is_better(verdict: Verdict, metric: str) -> bool:
+    return any(row.measurements[metric].higher_is_better for row in verdict.rows if metric in row.measurements)
