@@ -12,6 +12,11 @@ of batches, so a short last batch would count too much and no L2 is taken; `Inde
 materialises (batch, tokens, heads, hidden); `IterativeChannelContributionHook` needs a pass for each step of its
 schedule. Block influence exists there for Megatron layers only.
 
+Multiplying by the norms of the output weights, as `IndependentChannelContributionHook` does, was tried and is left out
+for want of a clear gain. SmolLM2-135M-Instruct (dequantized), perplexity without and with, nothing retrained: FFN
+1536 -> 1152, 35.3 and 37.3; 3 -> 2 KV groups, 46.1 and 62.5; 3 -> 2 heads in each group, 170 and 99 (4,096 tokens of
+mixed text, dense 21.8).
+
 Hidden cuts also need what each norm's input is made of: each channel's mean share of the sum of squares (see
 surgery.py).
 

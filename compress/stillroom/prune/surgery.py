@@ -15,6 +15,10 @@ few with massive activations would decide everything otherwise. Where the cut ch
 cut is exact (up to the norm's epsilon). Two more follow from the forward pass of models that multiply embeddings by
 sqrt(hidden_size): the embeddings take sqrt(n / n') to stay what they were, and where they are also the output head,
 the final norm gives it back by sqrt(n' / n).
+
+Measured on SmolLM2-135M-Instruct (dequantized), hidden 576 -> 522, WikiText-2 perplexity on 5,120 tokens: dense 21.7,
+norms left alone 47.3, rescaled 42.4. Assuming S' = S throughout gave 41.4 there, but it is wrong by any factor as soon
+as a channel that carries much of S is cut, so it is not used.
 """
 
 from __future__ import annotations
