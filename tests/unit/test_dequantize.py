@@ -201,7 +201,7 @@ def test_modelopt_files_without_the_config_entry_are_refused(fp8: Path, tmp_path
     config = json.loads(path.read_text())
     del config["quantization_config"]
     path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="hf_quant_config.json but no quantization_config"):
+    with pytest.raises(InputError, match=r"hf_quant_config\.json but no quantization_config"):
         load_dequantized(tmp_path / "model")
 
 

@@ -26,12 +26,12 @@ from tiny import FAMILIES, tiny_checkpoint, tiny_text_file
 CALIBRATION = {"samples": 6, "sequence_length": 48, "batch_size": 4}
 
 
-def quantize(folder: Path, source: Path, **fields: Any) -> tuple[Path, StageResult]:
+def quantize(folder: Path, source: Path, *, num_documents: int = 40, **fields: Any) -> tuple[Path, StageResult]:
     """Run the stage on the checkpoint `source`; returns the directory that it wrote."""
     config = Quantize(**{"calibration": CALIBRATION} | fields)
     dense = artifact_at(source)
     folder.mkdir(exist_ok=True)
-    text = tiny_text_file(folder / "calibration.txt", 40)
+    text = tiny_text_file(folder / "calibration.txt", num_documents)
     job = job_of(config, {"source": dense, "dense": dense}, text, folder / "job", name="small")
     return job.out_dir, run(job)
 
@@ -177,8 +177,13 @@ def test_a_quantized_source_is_refused(llama: Path, tmp_path: Path) -> None:
 
 
 def test_text_shorter_than_a_window_is_refused(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="sequence_length"):
-        quantize(tmp_path, llama, scheme="fp8", calibration={"samples": 1, "sequence_length": 100_000})
+    with pytest.raises(InputError, match="a window needs 2048"):
+        quantize(tmp_path, llama, num_documents=3, scheme="fp8", calibration={"samples": 1, "sequence_length": 2048})
+
+
+def test_calibrating_beyond_the_context_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exceeds the model's context of 2048"):
+        quantize(tmp_path, llama, scheme="fp8", calibration={"samples": 1, "sequence_length": 4096})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,15 @@ def test_commands_carry_the_sizes(tmp_path: Path) -> None:
     engine = serve_engine_command(tmp_path, "engine", options)
     assert engine[:4] == ["trtllm-serve", "engine", "--backend", "tensorrt"]
     assert engine[engine.index("--tokenizer") + 1] == str(tmp_path)
+
+
+def test_planning_modules_import_no_torch() -> None:
+    modules = "stillroom.quantize.scheme, stillroom.export.card, stillroom.export.tensorrt_llm"
+    code = f"import sys, {modules}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=False).returncode
+        == 0
+    )
 
 
 def test_a_config_with_the_old_fields_is_read_right(tmp_path: Path) -> None:

@@ -266,6 +266,11 @@ def test_text_shorter_than_a_window_is_one_short_window(dense: Path, tmp_path: P
     assert result.tokens == 64
 
 
+def test_a_window_longer_than_the_context_is_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exceeds the model's context of 2048"):
+        verified(dense, dense, tmp_path, config=Verify(sequence_length=2049))
+
+
 def test_a_directory_is_verified_without_a_reference(fp8: Path, dense: Path, tmp_path: Path) -> None:
     report = verify.verify_directory(fp8)
     assert report.passed

@@ -32,6 +32,7 @@ from stillroom.export.checks import Fact, check_checkpoint
 from stillroom.export.dequantize import load_fake_quantized
 from stillroom.export.drift import Drift, greedy, is_degenerate, measure_drift, save_logits, until_end
 from stillroom.models.load import load_tokenizer
+from stillroom.models.shape import read_config
 from stillroom.recipe import Verify
 from stillroom.stage import Job, StageResult
 
@@ -61,6 +62,7 @@ def run(job: Job) -> StageResult:
     details: dict[str, Any] = {"passed": False, "failures": failures, "facts": [asdict(fact) for fact in facts]}
     if failures:  # a broken checkpoint is not run: what came out would mean nothing
         return StageResult(measurements=(_passed(False),), details=details)
+    _check_context(model_dir, config)
     tokenizer = load_tokenizer(model_dir)
     windows = heldout_windows(job, tokenizer, config)
     prompts = held_out_prompts(windows)
@@ -86,6 +88,15 @@ def run(job: Job) -> StageResult:
     tokens = drift.kl.tokens
     job.progress.log(f"KL {drift.kl.loss:.4f} nats, top-1 agreement {drift.top1.loss:.1%} on {tokens:,} tokens")
     return StageResult(tokens=tokens, measurements=(*_measured(drift), _passed(not failures)), details=details)
+
+
+def _check_context(model_dir: Path, config: Verify) -> None:
+    context = read_config(model_dir).get("max_position_embeddings")
+    if context is not None and config.sequence_length > context:
+        raise InputError(
+            f"verify.sequence_length {config.sequence_length} exceeds the model's context of {context} tokens; "
+            f"use at most {context}"
+        )
 
 
 def _ask_reference(
