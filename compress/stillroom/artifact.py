@@ -34,7 +34,8 @@ RECORDED_LIBRARIES = (
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # a value that is not finite must survive its JSON: as null the manifest could not be read again
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Measurement(Frozen):

@@ -36,10 +36,8 @@ def text_numbers(label: str, loss: float, *, bytes_per_token: float = 3.4) -> li
     values = {"perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / bytes_per_token, "loss": loss}
     units = {"perplexity": "ppl", "bits_per_byte": "bits/byte", "loss": "nats/token"}
     return [
-        measurement(
-            f"quality.{label}.{metric}", value, units[metric], n=16352, stderr=0.012 * value, higher_is_better=False
-        )
-        for metric, value in values.items()
+        measurement(f"quality.{label}.{metric}", v, units[metric], n=16352, stderr=0.012 * v, higher_is_better=False)
+        for metric, v in values.items()
     ]
 
 
@@ -52,13 +50,16 @@ def task_numbers(task: str, accuracy: float) -> list[Measurement]:
 
 
 def speed_numbers(tok_s: float) -> list[Measurement]:
-    numbers = [measurement("speed.output_tok_s", tok_s, "tok/s", n=64, stderr=0.02 * tok_s, higher_is_better=True)]
+    def rate(name: str, value: float, n: int) -> Measurement:
+        return measurement(name, value, "tok/s", n=n, stderr=0.02 * value, higher_is_better=True)
+
+    numbers = [rate("speed.output_tok_s", tok_s, 64)]
     for level, share in ((1, 0.24), (4, 0.71), (16, 1.0)):
+        first_ms = 3600 * level / tok_s
         numbers += [
-            measurement(f"speed.c{level}.output_tok_s", share * tok_s, "tok/s", n=4 * level, stderr=0.02 * tok_s * share,
-                        higher_is_better=True),
-            measurement(f"speed.c{level}.ttft_ms", 900 * level / tok_s * 4, "ms", n=4 * level, higher_is_better=False),
-        ]  # fmt: skip
+            rate(f"speed.c{level}.output_tok_s", share * tok_s, 4 * level),
+            measurement(f"speed.c{level}.ttft_ms", first_ms, "ms", n=4 * level, higher_is_better=False),
+        ]
     return [*numbers, measurement("speed.peak_memory_bytes", 2.1e9 - 1e6 * tok_s, "bytes", higher_is_better=False)]
 
 
@@ -95,8 +96,10 @@ def finished_run(
             drift = [measurement("verify.kl", 0.013, "nats/token", n=4096, higher_is_better=False)]
             add(f"verify:{variant}", "verify", drift, details={"passed": not failures, "failures": failures})
     if bench:
-        served = {v: {"measurements": [m.model_dump(mode="json") for m in _replaced(speed_numbers(TOK_S[v]), extra.get(v, ()), speed=True)],
-                      "refused": None} for v in TOK_S}  # fmt: skip
+        served: dict[str, dict[str, Any]] = {}
+        for variant, tok_s in TOK_S.items():
+            numbers = _replaced(speed_numbers(tok_s), extra.get(variant, ()), speed=True)
+            served[variant] = {"measurements": [m.model_dump(mode="json") for m in numbers], "refused": None}
         for variant in refused:
             served[variant] = {"measurements": [], "refused": REFUSED}
         content = {"engine": "vllm", "engine_version": "0.32.0+cpu", "hardware": "2 x x86_64", "variants": served}

@@ -7,9 +7,10 @@ name says what a number is; nothing is listed by hand, so a new metric appears b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from stillroom.artifact import Measurement
+from stillroom.verdict.gates import GateResult, parse_gate
 from stillroom.verdict.verdict import Row
 
 PARAMETERS = "size.parameters"
@@ -20,6 +21,14 @@ THROUGHPUT = "speed.output_tok_s"
 TEXT_METRICS = ("perplexity", "bits_per_byte", "loss")
 TASK_METRICS = ("acc_norm", "acc", "exact_match")
 """Of several metrics of a task, the first of these that it has stands for it."""
+
+ABBREVIATIONS = {
+    "ttft": "time to first token",
+    "itl": "time between tokens",
+    "tpot": "time per output token",
+    "e2e": "whole request",
+}
+UNITS_SPELLED = {"tok/s": "tokens per second"}
 
 SAME_TOKENIZER = 1e-3
 """Bytes per token on one text differ by less than this between models that share a tokenizer."""
@@ -103,6 +112,13 @@ def title(metric: str) -> str:
     return f"{label} {what.replace('_', ' ') if what in TEXT_METRICS else what}"
 
 
+def words(metric: str, unit: str) -> str:
+    """`output tokens per second` for `output_tok_s`, `time to first token, ms` for `ttft_ms`."""
+    plain = metric.removesuffix(f"_{unit}").removesuffix("_tok_s")
+    spelled = " ".join(ABBREVIATIONS.get(part, part) for part in plain.split("_"))
+    return f"{spelled}, {UNITS_SPELLED.get(unit, unit)}"
+
+
 def number(value: float, digits: int = 4) -> str:
     """Significant digits without an exponent where it can be helped: 0.6123, 14.21, 1,234."""
     if value != value or value in (float("inf"), float("-inf")):
@@ -153,12 +169,23 @@ def speed_up(row: Row, dense: Row) -> float | None:
 
 
 def show(measurement: Measurement) -> str:
-    """The number as its unit wants it."""
-    if measurement.unit == "bytes":
-        return size(measurement.value)
-    if measurement.unit == "parameters":
-        return count(measurement.value)
+    """The number as its unit wants it, with its error."""
+    if measurement.unit in _WRITERS:
+        return _WRITERS[measurement.unit](measurement.value)
     return with_error(measurement)
+
+
+def show_gate(gate: GateResult, final: Row) -> str:
+    """`138 MB <= 161 MB`, in the metric's own unit; the reason where something was not measured."""
+    if gate.value is None or gate.bound is None:
+        return gate.reason
+    parsed = parse_gate(gate.gate)
+    write = _WRITERS.get(final.measurements[parsed.metric].unit, number)
+    return f"{write(gate.value)} {parsed.op} {write(gate.bound)}"
+
+
+_WRITERS: dict[str, Callable[[float], str]] = {"bytes": size, "parameters": count}
+"""How a unit is written that is not written as a plain number."""
 
 
 def _scaled(value: float, units: tuple[tuple[str, float], ...], plain: str = "") -> str:

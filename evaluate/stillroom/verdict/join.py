@@ -26,6 +26,9 @@ from stillroom.verdict.verdict import Influence, LossPoint, Role, Row, Standing,
 LOSS_FILE = "loss.json"
 BENCH_FILE = "measurements.json"
 
+CURVE_POINTS = 500
+"""A distillation of 90B tokens has 28,000 steps."""
+
 SIGNIFICANT = 2.0
 """Standard errors of a difference."""
 
@@ -128,12 +131,14 @@ def _note_tokenizers(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 
 
 def _losses(artifact: Artifact) -> tuple[LossPoint, ...]:
-    """The loss curve of a distill stage."""
+    """The loss curve of a distill stage, thinned to what a plot can show."""
     path = artifact.path / LOSS_FILE
     if artifact.manifest.kind != "distill" or not path.is_file():
         return ()
     points: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(LossPoint(step=p["step"], tokens=p["tokens"], loss=p["loss"]) for p in points)
+    step = math.ceil(len(points) / CURVE_POINTS) or 1
+    shown = points[::-1][::step][::-1]  # the last one is always among them
+    return tuple(LossPoint(step=p["step"], tokens=p["tokens"], loss=p["loss"]) for p in shown)
 
 
 def _influence(artifact: Artifact) -> Influence | None:
@@ -147,9 +152,9 @@ def _influence(artifact: Artifact) -> Influence | None:
 def _stand(final: Row, baseline: Row) -> Standing:
     """Compare on every quality metric that both have, and on throughput."""
     name = baseline.variant.removeprefix("baseline:")
-    compared = [m for m in _comparable([final, baseline]) if m in final.measurements and m in baseline.measurements]
-    mine, theirs = columns.throughput(final), columns.throughput(baseline)
-    if not compared or mine is None or theirs is None:
+    compared = [m for m in _comparable([final, baseline]) if all(_is_known(row, m) for row in (final, baseline))]
+    speed = columns.speed_up(baseline, final)
+    if not compared or speed is None:
         missing = "quality" if not compared else "throughput"
         return Standing(
             baseline=baseline.variant,
@@ -160,7 +165,6 @@ def _stand(final: Row, baseline: Row) -> Standing:
     better = [m for m in compared if signs[m] > 0]
     worse = [m for m in compared if signs[m] < 0]
     shown = "; ".join(_side_by_side(m, baseline, final) for m in (*better[:1], *worse[:1]) or compared[:1])
-    speed = theirs.value / mine.value
     if better and worse:
         quality = f"better on some measures and worse on others ({shown})"
     elif better or worse:
@@ -193,11 +197,16 @@ def _comparable(rows: Sequence[Row]) -> list[str]:
             for m in columns.quality_metrics(rows)]  # fmt: skip
 
 
+def _is_known(row: Row, metric: str) -> bool:
+    value = row.value(metric)
+    return value is not None and math.isfinite(value)
+
+
 def _compare(a: Measurement, b: Measurement) -> int:
     """1 where `a` is better than `b`, -1 where it is worse, 0 where the difference is within its error."""
     difference = (a.value - b.value) * (-1 if a.higher_is_better is False else 1)
     error = math.hypot(a.stderr or 0.0, b.stderr or 0.0)
-    if not math.isfinite(difference) or abs(difference) <= SIGNIFICANT * error or difference == 0:
+    if abs(difference) <= SIGNIFICANT * error:
         return 0
     return 1 if difference > 0 else -1
 
@@ -217,7 +226,7 @@ def _sentence(
 ) -> str:
     parts = [f"{final.variant} {_quality_words(final, dense, headline)}, {_cost_words(final, dense)}."]
     parts += [s.sentence for s in standings if s.outcome == "use the baseline"]
-    parts.append(_gate_words(gates))
+    parts.append(_gate_words(gates, final))
     parts += [f"{row.variant} did not pass its verification." for row in rows if row.verified is False]
     parts += [s.sentence for s in standings if s.outcome != "use the baseline"]
     return " ".join(parts)
@@ -245,11 +254,11 @@ def _cost_words(final: Row, dense: Row) -> str:
     return f"at {weight}; {unserved.variant}'s throughput was not measured ({reason})"
 
 
-def _gate_words(gates: Sequence[GateResult]) -> str:
+def _gate_words(gates: Sequence[GateResult], final: Row) -> str:
     if not gates:
         return NO_GATES
     failed = [gate for gate in gates if gate.status == "fail"]
     if not failed:
         return "The gate passes." if len(gates) == 1 else f"All {len(gates)} gates pass."
-    listed = "; ".join(f"{gate.gate} ({gate.reason})" for gate in failed)
+    listed = "; ".join(f"{gate.gate} ({columns.show_gate(gate, final)})" for gate in failed)
     return f"{len(gates) - len(failed)} of {len(gates)} gates pass; failed: {listed}."

@@ -6,6 +6,7 @@ paths, reasons) is escaped.
 
 from __future__ import annotations
 
+import math
 import shlex
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -81,9 +82,11 @@ def draw(verdict: Verdict) -> dict[str, str]:
     ]
     if weights:
         drawn["weights"] = plots.bars(weights, plot_id="weights", title="Bytes of weights")
-    for stage, points_of_loss in verdict.losses.items():
+    for stage, logged in verdict.losses.items():
+        if not (steps := [(p.tokens, p.loss) for p in logged if math.isfinite(p.loss)]):
+            continue
         drawn[f"loss-{stage}"] = plots.curve(
-            [(p.tokens, p.loss) for p in points_of_loss],
+            steps,
             plot_id=f"loss-{stage}",
             x_label="tokens",
             y_label="loss",
@@ -146,7 +149,11 @@ def _tile(
 def _gates(verdict: Verdict) -> str:
     if not verdict.gates:
         return ""
-    rows = [(_pill(g.status, g.status), f"<code>{escape(g.gate)}</code>", escape(g.reason)) for g in verdict.gates]
+    final = verdict.row(verdict.final)
+    rows = [
+        (_pill(gate.status, gate.status), f"<code>{escape(gate.gate)}</code>", escape(columns.show_gate(gate, final)))
+        for gate in verdict.gates
+    ]
     return _section(f"Gates on {verdict.final}", _words(("result", "gate", "measured"), rows))
 
 
@@ -194,13 +201,13 @@ def _throughput(verdict: Verdict) -> str:
 def _by_level(verdict: Verdict, name: str, levels: Sequence[int]) -> str:
     """One metric: variants down, requests in flight across."""
     body = []
-    units = set()
+    unit = ""
     for row in verdict.rows:
         found = [row.measurements.get(f"speed.c{level}.{name}") for level in levels]
         if any(found):
-            units |= {m.unit for m in found if m}
+            unit = next(m.unit for m in found if m)
             body.append(_row(row, verdict, [_cell(m, _value_and_error) for m in found]))
-    caption = f"{name.replace('_', ' ')}, in {' or '.join(sorted(units))}, by requests in flight"
+    caption = f"{columns.words(name, unit)}, by requests in flight".capitalize()
     return _table(["variant", *map(str, levels)], body, caption)
 
 
@@ -355,7 +362,7 @@ def _points(verdict: Verdict) -> list[Point]:
     points = []
     for row in verdict.rows:
         quality, speed = row.measurements.get(verdict.headline or ""), columns.throughput(row)
-        if quality is not None and speed is not None:
+        if quality is not None and speed is not None and math.isfinite(quality.value) and math.isfinite(speed.value):
             points.append(Point(row.variant, speed.value, quality.value, _look(row, verdict.final), quality.stderr))
     return points
 

@@ -106,7 +106,7 @@ def _gates(verdict: Verdict) -> Table:
     table.add_column("measured", overflow="fold")
     for gate in verdict.gates:
         mark = Text("pass", "green") if gate.status == "pass" else Text("FAIL", "bold red")
-        table.add_row(mark, Text(gate.gate), Text(gate.reason))
+        table.add_row(mark, Text(gate.gate), Text(columns.show_gate(gate, verdict.row(verdict.final))))
     return table
 
 
