@@ -37,7 +37,9 @@ Exit codes:
 """
 
 PATH = click.argument("path", type=click.Path(path_type=Path, exists=True))
-SET = click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a field, e.g. stages.0.num_layers=24.")
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a field, e.g. stages.0.num_layers=24."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on standard output.")
 ENGINE = click.option(
     "--engine",
@@ -67,14 +69,20 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory: new, or one of an earlier run to go on with.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Run directory: new, or one of an earlier run to go on with.",
+)
 @SET
 @click.option("--force", multiple=True, metavar="STEP", help="Run this step again, and all that read it.")
 @JSON
 def run(recipe: str, out: Path, overrides: tuple[str, ...], force: tuple[str, ...], as_json: bool) -> None:
     """Run RECIPE (a shipped name or a YAML file) to its verdict.
 
-    Steps that are sealed in --out are not run again; a run that was killed goes on where it stopped. Exits with 3 when a gate
+    Steps that are sealed in --out are not run again; a run that was killed goes on where it stopped. Exits with 3
+    when a gate
     fails.
     """
     from stillroom.console import make_reporter
@@ -178,21 +186,39 @@ def verify(path: Path, as_json: bool) -> None:
 
 @cli.command()
 @PATH
-@click.option("--text", "texts", multiple=True, metavar="SOURCE", help="Held-out text, as in a recipe; repeatable. [default: python-docs]")
-@click.option("--task", "tasks", multiple=True, metavar="NAME[=FILE]", help="An lm-eval task, with a local test file where there is no hub.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="SOURCE",
+    help="Held-out text, as in a recipe; repeatable. [default: python-docs]",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME[=FILE]",
+    help="An lm-eval task, with a local test file where there is no hub.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of each task.")
 @click.option("--tokens", type=click.IntRange(min=64), default=65536, show_default=True, help="Tokens of each text.")
 @click.option("--sequence-length", type=click.IntRange(min=8), default=2048, show_default=True)
 @JSON
 def evaluate(
-    path: Path, texts: tuple[str, ...], tasks: tuple[str, ...], limit: int | None, tokens: int, sequence_length: int, as_json: bool
+    path: Path,
+    texts: tuple[str, ...],
+    tasks: tuple[str, ...],
+    limit: int | None,
+    tokens: int,
+    sequence_length: int,
+    as_json: bool,
 ) -> None:
     """Measure the quality of a run's model or of any checkpoint directory: perplexity, bits per byte, lm-eval tasks."""
     from stillroom.console import make_reporter
     from stillroom.pipeline import locate_model
     from stillroom.quality.harness import check_task
     from stillroom.quality.stage import evaluate_directory
-    from stillroom.recipe import Evaluate, Task, TextSource
+    from stillroom.recipe import Evaluate, TextSource
     from stillroom.text import check_text
 
     sources = tuple(TextSource(source=text) for text in texts or ("python-docs",))
@@ -203,7 +229,9 @@ def evaluate(
         check_task(task)
     config = Evaluate(perplexity_tokens=tokens, sequence_length=sequence_length, tasks=wanted)
     model_dir, _ = locate_model(path)
-    show_measurements(evaluate_directory(model_dir, config, sources, make_reporter(as_json).progress("evaluate")), as_json)
+    show_measurements(
+        evaluate_directory(model_dir, config, sources, make_reporter(as_json).progress("evaluate")), as_json
+    )
 
 
 def _task(given: str, limit: int | None) -> Any:
@@ -216,7 +244,9 @@ def _task(given: str, limit: int | None) -> Any:
 @cli.command()
 @PATH
 @ENGINE
-@click.option("--concurrency", default="1,4,16", show_default=True, metavar="N,N", help="Requests in flight, level by level.")
+@click.option(
+    "--concurrency", default="1,4,16", show_default=True, metavar="N,N", help="Requests in flight, level by level."
+)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--output-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @JSON
@@ -250,17 +280,29 @@ def bench(path: Path, engine: str, concurrency: str, prompt_tokens: int, output_
 @ENGINE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Loopback unless you say otherwise.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 chooses a free one.")
-@click.option("--max-model-len", type=click.IntRange(min=16), default=4096, show_default=True, help="Context in tokens.")
-@click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs to share the model over.")
+@click.option(
+    "--max-model-len", type=click.IntRange(min=16), default=4096, show_default=True, help="Context in tokens."
+)
+@click.option(
+    "--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs to share the model over."
+)
 @click.option("--dry-run", is_flag=True, help="Print the engine's command and stop.")
-def serve(path: Path, engine: str, host: str, port: int, max_model_len: int, tensor_parallel: int, dry_run: bool) -> None:
+def serve(
+    path: Path, engine: str, host: str, port: int, max_model_len: int, tensor_parallel: int, dry_run: bool
+) -> None:
     """Serve a run's model or any checkpoint directory behind an OpenAI-compatible endpoint, until Ctrl-C."""
     from stillroom.engines.process import print_command, serve_foreground
     from stillroom.pipeline import locate_model
 
     model_dir, artifact = locate_model(path)
     name = artifact.name if artifact else model_dir.resolve().name
-    config = {"host": host, "port": port, "max_model_len": max_model_len, "tensor_parallel": tensor_parallel, "served_model_name": name}
+    config = {
+        "host": host,
+        "port": port,
+        "max_model_len": max_model_len,
+        "tensor_parallel": tensor_parallel,
+        "served_model_name": name,
+    }
     if dry_run:
         print_command(model_dir, engine, config)
     else:
@@ -366,11 +408,24 @@ def _run_cli() -> int:
         return _fail(str(error), EXIT_ENVIRONMENT)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(f"the disk is full ({error.filename or 'while writing'}); free space and run the same command again", EXIT_ENVIRONMENT)
+            return _fail(
+                f"the disk is full ({error.filename or 'while writing'}); free space and run the same command again",
+                EXIT_ENVIRONMENT,
+            )
         raise
     except ImportError as error:
-        if error.name and error.name.partition(".")[0] in ("torch", "transformers", "modelopt", "datasets", "lm_eval", "guidellm"):
-            return _fail(f"{error.name} is not installed; run: pip install 'stillroom[all]' (see README, Install)", EXIT_ENVIRONMENT)
+        if error.name and error.name.partition(".")[0] in (
+            "torch",
+            "transformers",
+            "modelopt",
+            "datasets",
+            "lm_eval",
+            "guidellm",
+        ):
+            return _fail(
+                f"{error.name} is not installed; run: pip install 'stillroom[all]' (see README, Install)",
+                EXIT_ENVIRONMENT,
+            )
         raise
     except Exception as error:
         return _known_failure(error)
@@ -384,7 +439,10 @@ def _known_failure(error: Exception) -> int:
     if isinstance(error, VerifyFailed):
         return _fail(str(error), EXIT_GATE_FAILED)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _fail(f"out of memory: {error}; lower micro_batch_size, chunk_tokens or batch_size in the recipe", EXIT_ENVIRONMENT)
+        return _fail(
+            f"out of memory: {error}; lower micro_batch_size, chunk_tokens or batch_size in the recipe",
+            EXIT_ENVIRONMENT,
+        )
     import traceback
 
     traceback.print_exception(error)

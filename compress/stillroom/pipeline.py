@@ -1,12 +1,12 @@
 """Run a plan in a run directory: skip what is sealed, seal what is done, survive being killed at any moment.
 
-    RUN/run.json        says that the directory is ours, which recipe ran last, and which artifact has which name
-    RUN/recipe.yaml     the recipe as resolved, overrides included
-    RUN/artifacts/      sealed results, NAME-KEY
-    RUN/work/           what is being written; a killed stage goes on from its scratch
-    RUN/model           link to the final stage's checkpoint, ready to serve
-    RUN/verdict.json, RUN/report.html    links into the verdict's artifact
-    RUN/events.jsonl    what happened, one JSON object a line
+RUN/run.json        says that the directory is ours, which recipe ran last, and which artifact has which name
+RUN/recipe.yaml     the recipe as resolved, overrides included
+RUN/artifacts/      sealed results, NAME-KEY
+RUN/work/           what is being written; a killed stage goes on from its scratch
+RUN/model           link to the final stage's checkpoint, ready to serve
+RUN/verdict.json, RUN/report.html    links into the verdict's artifact
+RUN/events.jsonl    what happened, one JSON object a line
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class RunResult:
 def run_plan(plan: Plan, run_dir: Path, reporter: Reporter, *, force: tuple[str, ...] = ()) -> RunResult:
     """Bring every step of the plan to a sealed artifact in `run_dir`.
 
-    `force` names steps to run again, with everything that reads them. Raises InputError for a directory that is not ours,
+    `force` names steps to run again, with everything that reads them. Raises InputError for a directory that is not
+    ours,
     EnvironmentCannot when another run holds it, VerifyFailed when a checkpoint does not pass its verification.
     """
     prepare_run_dir(run_dir)
@@ -92,7 +93,9 @@ def run_step(step: Step, artifacts: Mapping[str, Artifact], run_dir: Path, repor
     job = Job(step.name, step.config, inputs, step.text, out, scratch, step.seed, reporter.progress(step.name))
     try:
         result = STAGES[step.kind].load()(job)
-        artifact = seal(out, run_dir / ARTIFACTS / step.dir_name, manifest_of(step, result, inputs, out, time.monotonic() - began))
+        artifact = seal(
+            out, run_dir / ARTIFACTS / step.dir_name, manifest_of(step, result, inputs, out, time.monotonic() - began)
+        )
     except BaseException:
         reporter.stopped(step.name)
         shutil.rmtree(out, ignore_errors=True)  # scratch stays: the next run goes on from it
@@ -149,7 +152,9 @@ def prepare_run_dir(run_dir: Path) -> None:
         raise InputError(f"--out {run_dir} is not empty and holds no run of stillroom; give a new directory")
     if not (run_dir / RUN_FILE).exists():
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / RUN_FILE, json.dumps({"schema_version": 1, "recipe": None, "final": None, "artifacts": {}}) + "\n")
+        write_atomically(
+            run_dir / RUN_FILE, json.dumps({"schema_version": 1, "recipe": None, "final": None, "artifacts": {}}) + "\n"
+        )
 
 
 @contextlib.contextmanager
@@ -161,7 +166,8 @@ def lock(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise EnvironmentCannot(
-                f"another run (process {file.read().strip() or 'unknown'}) is working in {run_dir}; wait for it or give "
+                f"another run (process {file.read().strip() or 'unknown'}) is working in {run_dir}; wait for it or "
+                f"give "
                 "another --out"
             ) from None
         file.seek(0)
@@ -223,5 +229,7 @@ def locate_model(path: Path) -> tuple[Path, Artifact | None]:
     if artifact is not None:
         return artifact.model_dir, artifact
     if not (path / "config.json").is_file():
-        raise InputError(f"{path} is no run, no artifact and no Hugging Face checkpoint directory (config.json is missing)")
+        raise InputError(
+            f"{path} is no run, no artifact and no Hugging Face checkpoint directory (config.json is missing)"
+        )
     return path, None

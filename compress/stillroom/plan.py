@@ -1,7 +1,8 @@
-"""The plan: from a recipe to the list of steps that a run takes, each with its key. Printed before anything runs; no torch.
+"""The plan: from a recipe to the list of steps that a run takes, each with its key, before anything runs. No torch.
 
-A step's key follows from its kind, its config, the fingerprints of the text it reads and the keys of the steps it reads
-from. So the plan knows what is cached without asking anybody, and changing the quantization does not distill again.
+A step's key follows from its kind, its config, the fingerprints of the text it reads and the keys of the steps it
+reads from. So the plan knows what is cached without asking anybody, and changing the quantization does not distill
+again.
 
     import dense -> text (if the teacher writes) -> [stage -> verify -> evaluate]... -> baselines -> bench -> verdict
 """
@@ -101,13 +102,15 @@ class _Builder:
         for source, seed in zip(sources, range(len(sources)), strict=True):
             if source.source == "teacher":
                 offset = 1000 * (role == "heldout") + seed
-                self.add(f"text:{role}.{source.label}", "text", source, {"source": "dense"}, seed=self.recipe.seed + offset)
+                self.add(
+                    f"text:{role}.{source.label}", "text", source, {"source": "dense"}, seed=self.recipe.seed + offset
+                )
 
 
 def make_plan(recipe: Recipe) -> Plan:
     """All steps of a recipe. Raises InputError or EnvironmentCannot when a model or text is not there."""
-    for source in (*recipe.data.train, *recipe.data.heldout):
-        text.check_text(source)
+    for given in (*recipe.data.train, *recipe.data.heldout):
+        text.check_text(given)
     build = _Builder(recipe)
     build.add_model("dense", recipe.model)
     build.add_teacher_text(recipe.data.train, "train")
@@ -117,8 +120,8 @@ def make_plan(recipe: Recipe) -> Plan:
 
     def evaluate(variant: str) -> None:
         if recipe.evaluate is not None:
-            inputs = {"source": variant, **heldout_inputs}
-            build.add(f"evaluate:{variant}", "evaluate", recipe.evaluate, inputs, heldout)
+            reads = {"source": variant, **heldout_inputs}
+            build.add(f"evaluate:{variant}", "evaluate", recipe.evaluate, reads, heldout)
 
     evaluate("dense")
     previous = "dense"

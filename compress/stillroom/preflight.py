@@ -1,7 +1,8 @@
 """What a plan will cost and whether this machine can pay it, known before anything long starts. No torch.
 
-Shapes are carried through the stages, so that a size that does not divide, a layer beyond the model or too small a disk is
-an error in the first second and not after hours. Memory is a lower bound: weights and optimizer states, not activations.
+Shapes are carried through the stages, so that a size that does not divide, a layer beyond the model or too small a
+disk is an error in the first second and not after hours. Memory is a lower bound: weights and optimizer states, not
+activations.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def outlook(plan: Plan, run_dir: Path | None) -> Outlook:
 
 
 def require_runnable(plan: Plan, run_dir: Path) -> None:
-    """Raise before any long work: EnvironmentCannot for memory, disk, libraries, engines; InputError for tasks and sizes."""
+    """Raise before any long work: EnvironmentCannot for memory, disk, libraries, engines; InputError for tasks and
+    sizes."""
     view = outlook(plan, run_dir)
     todo = [row for row in view.steps if not row.cached]
     kinds = {row.step.kind for row in todo}
@@ -142,7 +144,8 @@ def require_runnable(plan: Plan, run_dir: Path) -> None:
         _require_memory(row, machine)
     if (free := free_disk_bytes(run_dir)) < view.disk_bytes:
         raise EnvironmentCannot(
-            f"{run_dir} needs {view.disk_bytes / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; free some or give --out elsewhere"
+            f"{run_dir} needs {view.disk_bytes / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; free some or "
+            f"give --out elsewhere"
         )
 
 
@@ -152,7 +155,8 @@ def _carry_shape(step: Step, shapes: dict[str, ModelShape], schemes: dict[str, s
     schemes[step.name] = config.scheme if isinstance(config, Quantize) and config.scheme != "none" else schemes[source]
     if schemes[source] in ("fp8", "int8"):
         raise InputError(
-            f"stage {step.name!r} reads {source!r}, which is quantized; prune, distill and quantize read unquantized models: "
+            f"stage {step.name!r} reads {source!r}, which is quantized; prune, distill and quantize read "
+            f"unquantized models: "
             "give it another `source`"
         )
     if source not in shapes:
@@ -204,17 +208,22 @@ def _require_libraries(plan: Plan, kinds: set[str]) -> None:
     if any(source.source.startswith(HUB) for source in (*plan.recipe.data.train, *plan.recipe.data.heldout)):
         wanted.append("datasets")
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
-        raise EnvironmentCannot(f"{', '.join(missing)} not installed; run: pip install 'stillroom[all]' (see README, Install)")
+        raise EnvironmentCannot(
+            f"{', '.join(missing)} not installed; run: pip install 'stillroom[all]' (see README, Install)"
+        )
 
 
 def _require_engine(name: str) -> None:
     """An engine is there at all; whether it takes each checkpoint is seen once there is one."""
     found = find_engines()
     if name == "auto" and not found:
-        raise EnvironmentCannot("no serving engine is installed; run: stillroom engine install vllm (or set `bench: null`)")
+        raise EnvironmentCannot(
+            "no serving engine is installed; run: stillroom engine install vllm (or set `bench: null`)"
+        )
     if name != "auto" and name not in found:
         raise EnvironmentCannot(
-            f"engine {name} is not on this machine (found: {', '.join(found) or 'none'}); run: stillroom engine install vllm, "
+            f"engine {name} is not on this machine (found: {', '.join(found) or 'none'}); run: stillroom engine "
+            f"install vllm, "
             "or --set bench.engine=auto"
         )
 

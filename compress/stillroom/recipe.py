@@ -1,9 +1,9 @@
 """The recipe: what a user writes, and the one interface to a run.
 
-A recipe names a model, text, a list of stages told apart by `kind`, what to measure, and the gates that the result must
-pass. It is frozen and refuses unknown fields, so that a typo is an error and not a default. Every stage reads the result
-of the stage before it unless `source` names another; stages may repeat (prune, distill, prune, distill is progressive
-pruning). Nothing here imports torch: reading, checking and planning a recipe stay instant.
+A recipe names a model, text, a list of stages told apart by `kind`, what to measure, and the gates that the result
+must pass. It is frozen and refuses unknown fields, so that a typo is an error and not a default. Every stage reads the
+result of the stage before it unless `source` names another; stages may repeat (prune, distill, prune, distill is
+progressive pruning). Nothing here imports torch: reading, checking and planning a recipe stay instant.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class TextSource(Frozen):
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in a blend, relative to the others."""
     field: str = "text"
-    """The column of a .jsonl or .parquet file, or of a hub dataset. Rows with `messages` go through the chat template."""
+    """The column of a .jsonl or .parquet file, or of a hub dataset. Rows with `messages` go through the chat
+    template."""
     split: str = "train"
     """Of a hub dataset."""
     revision: str | None = None
@@ -77,7 +78,9 @@ class TextSource(Frozen):
     @model_validator(mode="after")
     def _teacher_says_how_much(self) -> TextSource:
         if self.source == "teacher" and self.tokens is None:
-            raise ValueError("text source `teacher` needs `tokens`: how many the unpruned model shall write, such as 65536")
+            raise ValueError(
+                "text source `teacher` needs `tokens`: how many the unpruned model shall write, such as 65536"
+            )
         return self
 
     @property
@@ -324,7 +327,8 @@ class Bench(Frozen):
     engine: Literal["auto", "vllm", "transformers", "tensorrt-llm"] = "auto"
     """`auto`: vLLM where it is installed, else transformers."""
     variants: tuple[str, ...] | None = None
-    """What to serve: `dense`, `final`, stage names, `baseline:NAME`. Default: dense, the last stage and the baselines."""
+    """What to serve: `dense`, `final`, stage names, `baseline:NAME`. Default: dense, the last stage and the
+    baselines."""
     concurrency: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4, 16), min_length=1)
     """Requests in flight, one level after the other."""
     requests_per_stream: int = Field(default=4, ge=1)
@@ -359,7 +363,8 @@ class Recipe(Frozen):
     evaluate: Evaluate | None = Evaluate()
     bench: Bench | None = Bench()
     gates: tuple[str, ...] = ()
-    """Conditions on the final stage: `quality.heldout.perplexity <= 1.2 * dense`, `speed.output_tok_s >= 1.3 * dense`."""
+    """Conditions on the final stage: `quality.heldout.perplexity <= 1.2 * dense`, `speed.output_tok_s >= 1.3 *
+    dense`."""
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -377,7 +382,7 @@ class Recipe(Frozen):
                 )
             seen.append(name)
         variants = self.variants()
-        for wanted in (self.bench.variants if self.bench and self.bench.variants else ()):
+        for wanted in self.bench.variants if self.bench and self.bench.variants else ():
             if wanted not in (*variants, "final"):
                 raise ValueError(f"bench.variants names {wanted!r}; allowed: {', '.join(variants)}, final")
         for gate in self.gates:
@@ -478,7 +483,9 @@ def _set(raw: dict[str, Any], override: str) -> None:
         last = depth == len(keys) - 1
         if isinstance(here, list):
             if not key.isdigit() or int(key) >= len(here):
-                raise InputError(f"--set {override!r}: {'.'.join(keys[:depth])} has entries 0 to {len(here) - 1}, no {key!r}")
+                raise InputError(
+                    f"--set {override!r}: {'.'.join(keys[:depth])} has entries 0 to {len(here) - 1}, no {key!r}"
+                )
             index: Any = int(key)
         elif isinstance(here, dict):
             index = key

@@ -1,8 +1,8 @@
 """What a stage is: a function from a Job to a StageResult, found in a literal table.
 
-A new stage is three things: a config class in recipe.py, a module with `run(job)`, and a line in STAGES. The pipeline does
-the rest (keys, caching, sealing, resuming). A stage writes its result into `job.out_dir` only; what it needs to continue
-after a kill goes into `job.scratch_dir`, which survives until the stage is sealed.
+A new stage is three things: a config class in recipe.py, a module with `run(job)`, and a line in STAGES. The pipeline
+does the rest (keys, caching, sealing, resuming). A stage writes its result into `job.out_dir` only; what it needs to
+continue after a kill goes into `job.scratch_dir`, which survives until the stage is sealed.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from tiny import tiny_checkpoint, tiny_text_file
 
 TINY_CALIBRATION = {"samples": 8, "sequence_length": 64, "batch_size": 4}
@@ -37,7 +38,10 @@ def tiny_recipe(folder: Path, **changes: Any) -> Path:
                 "save_every_steps": 2, "learning_rate": 1e-3,
             },
             {"kind": "quantize", "name": "fp8", "scheme": "fp8", "calibration": TINY_CALIBRATION},
-            {"kind": "quantize", "name": "int8", "source": "distill", "scheme": "int8", "calibration": TINY_CALIBRATION},
+            {
+                "kind": "quantize", "name": "int8", "source": "distill", "scheme": "int8",
+                "calibration": TINY_CALIBRATION,
+            },
         ],
         "verify": {"tokens": 512, "sequence_length": 64},
         "evaluate": {"perplexity_tokens": 512, "sequence_length": 64},
@@ -61,5 +65,10 @@ def stillroom_environment(home: Path) -> dict[str, str]:
 def stillroom(*arguments: object, home: Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
     return subprocess.run(
-        stillroom_command(*arguments), capture_output=True, text=True, env=stillroom_environment(home), cwd=cwd, check=False
+        stillroom_command(*arguments),
+        capture_output=True,
+        text=True,
+        env=stillroom_environment(home),
+        cwd=cwd,
+        check=False,
     )

@@ -79,7 +79,9 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     return AutoConfig.for_model(family, **(fields | overrides))
 
 
-def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+def tiny_model(
+    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
     """A randomly initialised model, large enough weights that its parts matter, norms and biases away from trivial."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
@@ -93,7 +95,9 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
     return model.to(dtype).eval()
 
 
-def tiny_checkpoint(path: Path, family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+def tiny_checkpoint(
+    path: Path, family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
     """A checkpoint directory of `tiny_model` with its tokenizer."""
     tiny_model(family, seed=seed, dtype=dtype, **overrides).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)

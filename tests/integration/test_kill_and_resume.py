@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runs import stillroom, stillroom_command, stillroom_environment, tiny_recipe
 
+from runs import stillroom, stillroom_command, stillroom_environment, tiny_recipe
 from stillroom.artifact import Artifact, damaged_files, open_artifact
 
 
@@ -22,7 +22,8 @@ def artifacts(run_dir: Path) -> dict[str, Artifact]:
 
 
 def kill_in(step: str, recipe: Path, run_dir: Path, home: Path) -> None:
-    """Start the run and SIGKILL it as soon as it says that it works on `step` (for distill: once it has trained a while)."""
+    """Start the run and SIGKILL it as soon as it says that it works on `step` (for distill: once it has trained a
+    while)."""
     process = subprocess.Popen(
         stillroom_command("run", recipe, "--out", run_dir, "--json"),
         stdout=subprocess.PIPE,

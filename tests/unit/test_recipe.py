@@ -77,7 +77,11 @@ def test_the_qwen3_recipes_hold_the_published_settings() -> None:
         ("bench.variants", ["distil"], "bench.variants names 'distil'; allowed: dense, prune, final"),
         ("bench.prompt_tokens", 5000, "exceed max_model_len"),
         ("gates", ["speed is good"], "is not of the form"),
-        ("gates", ["speed.output_tok_s >= 1.3 * baseline:qwen"], "compares with 'baseline:qwen'; allowed: dense, prune"),
+        (
+            "gates",
+            ["speed.output_tok_s >= 1.3 * baseline:qwen"],
+            "compares with 'baseline:qwen'; allowed: dense, prune",
+        ),
         ("model", "", "at least 1 character"),
     ],
 )
@@ -156,7 +160,14 @@ def test_an_unknown_recipe_lists_what_ships() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["stillroom.recipe", "stillroom.cli", "stillroom.plan", "stillroom.preflight", "stillroom.pipeline", "stillroom.doctor"],
+    [
+        "stillroom.recipe",
+        "stillroom.cli",
+        "stillroom.plan",
+        "stillroom.preflight",
+        "stillroom.pipeline",
+        "stillroom.doctor",
+    ],
 )
 def test_planning_imports_no_torch(module: str) -> None:
     script = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"

@@ -60,7 +60,8 @@ class Family(BaseModel):
     head_dim_free: bool = True
     """Engines read head_dim from the config; False: they compute hidden_size / num_attention_heads."""
     heads_divide_hidden: bool = False
-    """transformers refuses a config whose hidden_size is no multiple of num_attention_heads, explicit head_dim or not."""
+    """transformers refuses a config whose hidden_size is no multiple of num_attention_heads, explicit head_dim or
+    not."""
 
     def tensor_names(self, config: dict[str, Any]) -> dict[str, tuple[Axis, ...]]:
         """Every tensor of a model with this config, layers spelled out; a tied lm_head is left out."""

@@ -1,7 +1,7 @@
 """The import stage: bring the model of a recipe to a plain checkpoint directory, copying only what must be converted.
 
-A local directory and the hub's cache are used where they lie; the artifact keeps their location and hashes. A GGUF file is
-dequantized into a checkpoint of its own.
+A local directory and the hub's cache are used where they lie; the artifact keeps their location and hashes. A GGUF
+file is dequantized into a checkpoint of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from stillroom.models.source import EMBEDDED, EMBEDDED_ORIGIN, checked_config, m
 from stillroom.recipe import ModelSource
 from stillroom.stage import Job, StageResult
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "merges.txt", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
+HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.model",
+    "merges.txt",
+    "*.jinja",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+]
 
 
 def run(job: Job) -> StageResult:

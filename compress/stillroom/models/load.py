@@ -29,9 +29,15 @@ def load_model(
     """
     config = read_config(model_dir)
     if "quantization_config" in config or (model_dir / "hf_quant_config.json").exists():
-        raise InputError(f"{model_dir} is a quantized checkpoint; it must be dequantized to be opened with transformers")
+        raise InputError(
+            f"{model_dir} is a quantized checkpoint; it must be dequantized to be opened with transformers"
+        )
     model: Any = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=dtype or "auto", trust_remote_code=trust_remote_code, local_files_only=True, use_safetensors=True
+        model_dir,
+        dtype=dtype or "auto",
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        use_safetensors=True,
     )
     return model.to(pick_device()).eval()
 
@@ -40,6 +46,7 @@ def load_tokenizer(model_dir: Path, *, trust_remote_code: bool = False) -> PreTr
     """The tokenizer in the checkpoint directory. Raises InputError where there is none."""
     if not any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(
-            f"{model_dir} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy it from the original model"
+            f"{model_dir} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy it from the "
+            f"original model"
         )
     return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)

@@ -1,4 +1,4 @@
-"""The size of a model from its config alone: parameters, bytes, KV cache, without opening a weight or importing torch."""
+"""The size of a model from its config alone: parameters, bytes, KV cache. No weight is opened, no torch imported."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class ModelShape:
     @property
     def num_linear_params(self) -> int:
         """Weights of the layers' linear modules, which is what quantization schemes shrink."""
-        return sum(prod(shape) for name, shape in self.tensor_shapes().items() if ".layers." in name and len(shape) == 2)
+        return sum(
+            prod(shape) for name, shape in self.tensor_shapes().items() if ".layers." in name and len(shape) == 2
+        )
 
     def weight_bytes(self, scheme: str) -> int:
         """Bytes of the checkpoint's tensors; `scheme` is a dtype, or fp8 or int8 for the layers' linear modules."""
@@ -78,7 +80,9 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{model_dir} has no config.json; a plain Hugging Face checkpoint directory is needed") from None
+        raise InputError(
+            f"{model_dir} has no config.json; a plain Hugging Face checkpoint directory is needed"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):

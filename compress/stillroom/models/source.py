@@ -1,7 +1,7 @@
 """Where a model comes from: a hub id, a local directory, a GGUF file, or the embedded default. No torch.
 
-Resolving says what a source is, gives it a fingerprint for the artifact key, and its config where that can be had without
-loading anything; opening it is the import stage's work (importer.py).
+Resolving says what a source is, gives it a fingerprint for the artifact key, and its config where that can be had
+without loading anything; opening it is the import stage's work (importer.py).
 """
 
 from __future__ import annotations
@@ -54,17 +54,22 @@ def resolve(source: ModelSource) -> ResolvedSource:
     path = Path(source.source).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputError(f"model {source.source!r} is a file but no .gguf; give a directory, a .gguf file or a hub id")
+            raise InputError(
+                f"model {source.source!r} is a file but no .gguf; give a directory, a .gguf file or a hub id"
+            )
         return ResolvedSource("gguf", source.source, path, cached_sha256(path), None)
     if path.is_dir():
-        return ResolvedSource("directory", source.source, path.resolve(), directory_fingerprint(path), checked_config(path))
+        return ResolvedSource(
+            "directory", source.source, path.resolve(), directory_fingerprint(path), checked_config(path)
+        )
     if HUB_ID.match(source.source):
         config = hub_config(source)
         if config is not None:
             shape_of(config, source.source)
         return ResolvedSource("hub", source.source, None, f"{source.source}@{source.revision or 'main'}", config)
     raise InputError(
-        f"model {source.source!r} is no directory, no .gguf file, no hub id (owner/name) and not the embedded {EMBEDDED!r}"
+        f"model {source.source!r} is no directory, no .gguf file, no hub id (owner/name) and not the "
+        f"embedded {EMBEDDED!r}"
     )
 
 
@@ -76,7 +81,9 @@ def checked_config(model_dir: Path) -> dict[str, Any]:
         raise InputError(f"{model_dir} is already quantized; give the unquantized model")
     check_weights(model_dir, shape)
     if not any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"{model_dir} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the original's")
+        raise InputError(
+            f"{model_dir} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the original's"
+        )
     return config
 
 
@@ -93,12 +100,15 @@ def embedded_gguf() -> Path:
 
 def known_configs() -> dict[str, dict[str, Any]]:
     """Configs of some public models, by hub id, for planning without a hub."""
-    loaded: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("known.yaml").read_text(encoding="utf-8"))
+    loaded: dict[str, dict[str, Any]] = yaml.safe_load(
+        Path(__file__).with_name("known.yaml").read_text(encoding="utf-8")
+    )
     return loaded
 
 
 def hub_config(source: ModelSource) -> dict[str, Any] | None:
-    """config.json of a hub model: from the local cache, the list of known models, or the hub; None where none has it."""
+    """config.json of a hub model: from the local cache, the list of known models, or the hub; None where none has
+    it."""
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import HfHubHTTPError
@@ -128,7 +138,8 @@ def directory_fingerprint(model_dir: Path) -> str:
 
 
 def cached_sha256(path: Path) -> str:
-    """sha256 of a file, remembered by path, size, change times and inode, so that a 16 GB model is read once and not each run."""
+    """sha256 of a file, remembered by path, size, change times and inode, so that a 16 GB model is read once and not
+    each run."""
     stat = path.stat()
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
     store = home() / "hashes.json"

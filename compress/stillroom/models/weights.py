@@ -53,7 +53,9 @@ def weight_files(model_dir: Path) -> list[Path]:
             raise InputError(f"{index} names {bad[0]!r}, which is not a file beside it")
         files = [model_dir / name for name in names]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise InputError(f"{model_dir} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}")
+            raise InputError(
+                f"{model_dir} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}"
+            )
         return files
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:
@@ -64,7 +66,8 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def check_weights(model_dir: Path, shape: ModelShape) -> None:
-    """Every tensor that family and config promise is there, in its shape. Raises InputError naming the first that is not.
+    """Every tensor that family and config promise is there, in its shape. Raises InputError naming the first that is
+    not.
 
     For unquantized checkpoints; a tied lm_head that was written all the same is allowed.
     """
@@ -86,13 +89,16 @@ def _file_entries(file: Path) -> dict[str, TensorEntry]:
             continue
         try:
             start, stop = fields["data_offsets"]
-            entries[name] = TensorEntry(file, str(fields["dtype"]), tuple(map(int, fields["shape"])), int(stop) - int(start))
+            entries[name] = TensorEntry(
+                file, str(fields["dtype"]), tuple(map(int, fields["shape"])), int(stop) - int(start)
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: the header's entry for {name} is broken ({error!r})") from error
         end = max(end, int(stop))
     if end != data_bytes:
         raise InputError(
-            f"{file} is truncated or damaged: its header describes {end} bytes of tensors, the file holds {data_bytes}; "
+            f"{file} is truncated or damaged: its header describes {end} bytes of tensors, the file holds "
+            f"{data_bytes}; "
             "fetch it again"
         )
     return entries
