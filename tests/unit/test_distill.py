@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from jobs import Remembered, artifact_at, job_for
+from stage_jobs import Killed, Remembered, artifact_at, job_for, kill_at
 from stillroom.distill import stage
 from stillroom.distill.train import (
     CHECKPOINT,
@@ -31,10 +31,6 @@ from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.recipe import Distill, TextSource
 from stillroom.stage import Job
 from tiny import tiny_checkpoint, tiny_model, tiny_text_file
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the code may catch it."""
 
 
 def distill(**overrides: Any) -> Distill:
@@ -104,12 +100,8 @@ def test_other_dtypes_come_out_as_they_came(tmp_path: Path, dtype: torch.dtype) 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, killed_after: int) -> None:
     stage.run(distill_job(tmp_path / "whole", distill()))
 
-    def kill(step: int) -> None:
-        if step == killed_after:
-            raise Killed
-
     with pytest.raises(Killed):
-        stage.run(distill_job(tmp_path / "killed", distill(), progress=Remembered(on_update=kill)))
+        stage.run(distill_job(tmp_path / "killed", distill(), progress=kill_at(killed_after)))
     again = Remembered()
     result = stage.run(distill_job(tmp_path / "killed", distill(), progress=again))
 
