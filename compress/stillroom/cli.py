@@ -172,9 +172,11 @@ def verify(path: Path, as_json: bool) -> None:
 
     Exits with 3 when a check fails.
     """
+    from stillroom.console import quiet_libraries
     from stillroom.export.verify import verify_directory
     from stillroom.pipeline import locate_model
 
+    quiet_libraries()
     model_dir, artifact = locate_model(path)
     report = verify_directory(artifact.path if artifact and not artifact.manifest.location else model_dir)
     if as_json:
@@ -214,7 +216,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure the quality of a run's model or of any checkpoint directory: perplexity, bits per byte, lm-eval tasks."""
-    from stillroom.console import make_reporter
+    from stillroom.console import make_reporter, quiet_libraries
     from stillroom.pipeline import locate_model
     from stillroom.quality.harness import check_task
     from stillroom.quality.stage import evaluate_directory
@@ -229,9 +231,9 @@ def evaluate(
         check_task(task)
     config = Evaluate(perplexity_tokens=tokens, sequence_length=sequence_length, tasks=wanted)
     model_dir, _ = locate_model(path)
-    show_measurements(
-        evaluate_directory(model_dir, config, sources, make_reporter(as_json).progress("evaluate")), as_json
-    )
+    quiet_libraries()
+    progress = make_reporter(as_json).progress("evaluate")
+    show_measurements(evaluate_directory(model_dir, config, sources, progress), as_json)
 
 
 def _task(given: str, limit: int | None) -> Any:

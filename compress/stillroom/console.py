@@ -6,8 +6,10 @@ Every event also goes to events.jsonl in the run directory, whatever is shown.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,6 +100,9 @@ class JsonReporter(Reporter):
     def show(self, line: str) -> None:
         """Nothing beside the events."""
 
+    def progress(self, step: str) -> StepProgress:
+        return StepProgress(self, step, interval_s=0.0)
+
     def event(self, event: str, **fields: Any) -> None:
         super().event(event, **fields)
         print(json.dumps({"event": event, **fields}), flush=True)
@@ -151,6 +156,17 @@ class TerminalReporter(Reporter):
         if self.bars is not None:
             self.bars.stop()
             self.bars = None
+
+
+def quiet_libraries() -> None:
+    """Keep the bars and notes of libraries that are loaded off the screen; their errors still come through."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+    logging.getLogger("modelopt").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"modelopt\..*")
 
 
 def make_reporter(as_json: bool) -> Reporter:

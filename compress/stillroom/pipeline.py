@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from stillroom.artifact import Artifact, Manifest, Measurement, environment, open_artifact, seal, write_atomically
-from stillroom.console import Reporter
+from stillroom.console import Reporter, quiet_libraries
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.models.shape import read_config, shape_of
 from stillroom.models.weights import tensor_entries
@@ -92,7 +92,9 @@ def run_step(step: Step, artifacts: Mapping[str, Artifact], run_dir: Path, repor
     began = time.monotonic()
     job = Job(step.name, step.config, inputs, step.text, out, scratch, step.seed, reporter.progress(step.name))
     try:
-        result = STAGES[step.kind].load()(job)
+        run_stage = STAGES[step.kind].load()
+        quiet_libraries()
+        result = run_stage(job)
         artifact = seal(
             out, run_dir / ARTIFACTS / step.dir_name, manifest_of(step, result, inputs, out, time.monotonic() - began)
         )
