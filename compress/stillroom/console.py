@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -159,7 +160,11 @@ class TerminalReporter(Reporter):
 
 
 def quiet_libraries() -> None:
-    """Keep the bars and notes of libraries that are loaded off the screen; their errors still come through."""
+    """Keep the libraries' own bars and notes off the screen; their errors still come through.
+
+    Call it before a library is imported (tqdm reads its variable then) and again after.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 

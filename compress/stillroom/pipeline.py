@@ -92,6 +92,7 @@ def run_step(step: Step, artifacts: Mapping[str, Artifact], run_dir: Path, repor
     began = time.monotonic()
     job = Job(step.name, step.config, inputs, step.text, out, scratch, step.seed, reporter.progress(step.name))
     try:
+        quiet_libraries()
         run_stage = STAGES[step.kind].load()
         quiet_libraries()
         result = run_stage(job)

@@ -22,11 +22,9 @@ from stillroom.models.shape import ModelShape, shape_of
 from stillroom.plan import Plan, Step, cached
 from stillroom.prune.targets import target_shape
 from stillroom.quality.harness import check_task
+from stillroom.quantize.scheme import select_modules
 from stillroom.recipe import Distill, Prune, Quantize
 from stillroom.text import HUB
-
-FP8_MULTIPLE = 16
-"""Per-tensor FP8 kernels want dimensions divisible by this."""
 
 DISTILL_BYTES_PER_PARAM = 18
 """float32 master, gradient and two Adam moments, and a bfloat16 copy for the forward pass."""
@@ -167,12 +165,8 @@ def _carry_shape(step: Step, shapes: dict[str, ModelShape], schemes: dict[str, s
             shape = target_shape(config, shape)
         except InputError as error:
             raise InputError(f"stage {step.name!r}: {error}") from error
-    if isinstance(config, Quantize) and config.scheme == "fp8":
-        for name, wanted in shape.tensor_shapes().items():
-            if ".layers." in name and len(wanted) == 2 and any(size % FP8_MULTIPLE for size in wanted):
-                raise InputError(
-                    f"stage {step.name!r}: {name} has shape {wanted}; FP8 kernels want multiples of {FP8_MULTIPLE}"
-                )
+    if isinstance(config, Quantize) and config.scheme != "none":
+        select_modules(shape, config, f"stage {step.name!r}")
     shapes[step.name] = shape
 
 

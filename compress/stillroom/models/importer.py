@@ -40,6 +40,8 @@ def run(job: Job) -> StageResult:
         convert_gguf(found.path, job.out_dir, source)
         origin = EMBEDDED_ORIGIN if source.source == EMBEDDED else f"dequantized from {found.path.name}"
         return StageResult(details={"origin": origin, "source": source.source})
+    if found.path is None:
+        job.progress.log(f"fetching {source.source} from the hub, as far as it is not in the local cache")
     model_dir = found.path or fetch(source)
     checked_config(model_dir)
     details = {"origin": source.source, "source": source.source}

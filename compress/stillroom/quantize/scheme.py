@@ -56,7 +56,7 @@ def select_modules(shape: ModelShape, config: Quantize, where: str) -> Selection
     quantized = tuple(name for name in linears if name not in set(ignored))
     if HEAD in quantized:
         raise InputError(
-            f"{where}: engines take no quantized head; add {HEAD} to `ignore` (given: {list(config.ignore)})"
+            f"{where}: stillroom leaves the head unquantized; add {HEAD} to `ignore` (given: {list(config.ignore)})"
         )
     if not quantized:
         raise InputError(f"{where}: `ignore` {list(config.ignore)} leaves nothing to quantize; use scheme none")
