@@ -81,11 +81,13 @@ class StepProgress:
     def __init__(self, reporter: Reporter, step: str, interval_s: float = PLAIN_INTERVAL_S) -> None:
         self.reporter, self.step, self.interval_s = reporter, step, interval_s
         self.last_shown = time.monotonic()
+        self.last_done: int | None = None
 
     def update(self, done: int, total: int, unit: str, **facts: float | str) -> None:
         now = time.monotonic()
-        if now - self.last_shown >= self.interval_s or done == total:
-            self.last_shown = now
+        is_end = done == total and done != self.last_done
+        if now - self.last_shown >= self.interval_s or is_end:
+            self.last_shown, self.last_done = now, done
             self.reporter.updated(self.step, done, total, unit, facts)
 
     def log(self, message: str) -> None:
