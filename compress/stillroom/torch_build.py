@@ -47,15 +47,10 @@ def install_torch(python: Path, build: Build | None = None) -> str:
     build = build or wanted_build()
     if (version := installed_torch(python)) is not None and fits(version, build):
         return version
-    attempts = [[str(python), "-m", "pip", "install", f"torch=={TORCH}{'+cpu' if build == 'cpu' else ''}"]]
-    if build == "cpu":
-        attempts.append([*_uv(python), f"torch=={TORCH}"])
-    failures = []
-    for command in attempts:
-        answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode == 0:
-            break
-        failures.append(f"`{' '.join(command)}` said: {_last_words(answer)}")
+    wanted = f"torch=={TORCH}"
+    failures = _try([str(python), "-m", "pip", "install", f"{wanted}+cpu" if build == "cpu" else wanted])
+    if failures and build == "cpu":
+        failures += _try([*_uv(python), wanted])
     version = installed_torch(python)
     if version is None or not fits(version, build):
         raise TorchInstallFailed(
@@ -81,6 +76,12 @@ def installed_torch(python: Path) -> str | None:
     answer = subprocess.run([str(python), "-c", _ASK], capture_output=True, text=True, check=True)
     version: str | None = json.loads(answer.stdout).get("torch")
     return version
+
+
+def _try(command: list[str]) -> list[str]:
+    """Run it; what it said where it failed, else nothing."""
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return [f"`{' '.join(command)}` said: {_last_words(answer)}"] if answer.returncode else []
 
 
 def _uv(python: Path) -> list[str]:

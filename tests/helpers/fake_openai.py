@@ -38,6 +38,8 @@ class Behaviour:
     """422 where the request has one of these, as `transformers serve` answers what it does not know."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     """Every completion request, in order of arrival."""
+    bodies_file: Path | None = None
+    """They are appended there too, one JSON object a line."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -60,6 +62,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.behaviour.lock:
             self.behaviour.bodies.append(body)
             number = len(self.behaviour.bodies)
+            if self.behaviour.bodies_file is not None:
+                with self.behaviour.bodies_file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(body) + "\n")
         if self.behaviour.die_at_request is not None and number >= self.behaviour.die_at_request:
             print("RuntimeError: the engine core died", flush=True)
             os._exit(1)
@@ -117,6 +122,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a client that goes away is no error here."""
+
 
 def make_server(behaviour: Behaviour, host: str = "127.0.0.1", port: int = 0) -> Server:
     """A bound server; run `serve_forever` on it in a thread."""
@@ -138,6 +146,7 @@ def main() -> None:
     parser.add_argument("--die-at-request", type=int)
     parser.add_argument("--short-by", type=int, default=0)
     parser.add_argument("--refuse-fields", default="")
+    parser.add_argument("--bodies", type=Path, help="append every completion request there")
     given = parser.parse_args()
     pids = [os.getpid()]
     print("fake engine starting", flush=True)
@@ -161,6 +170,7 @@ def main() -> None:
         die_at_request=given.die_at_request,
         short_by=given.short_by,
         refuse_fields=tuple(filter(None, given.refuse_fields.split(","))),
+        bodies_file=given.bodies,
     )
     print("fake engine ready", flush=True)
     make_server(behaviour, given.host, given.port).serve_forever()

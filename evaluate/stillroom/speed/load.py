@@ -61,10 +61,10 @@ class Level:
     """From the first request's start to the last one's end."""
     output_tok_s: Estimate
     """Of all streams together."""
-    ttft_ms: Estimate
-    """Median time to the first token, waiting in the engine's queue included."""
-    itl_ms: Estimate
-    """Median over requests of the mean time between tokens."""
+    ttft_ms: Estimate | None
+    """Median time to the first text, waiting in the engine's queue included; None where no answer had text."""
+    itl_ms: Estimate | None
+    """Median over requests of the mean time between tokens; None for answers of one token."""
     request_s: Estimate
     """Median time of a whole request."""
 
@@ -78,10 +78,13 @@ def guidellm_version() -> str:
 
 
 def warm_up(server: RunningServer, engine: Engine, config: Bench) -> None:
-    """A few requests alone and as many together as the highest level has, so that no level pays for first times."""
+    """A few requests alone and as many together as the highest level has, so that no level pays for first times.
+
+    A byte-level tokenizer makes at most five tokens of the word, so the prompt is shorter than the measured ones.
+    """
 
     def ask(number: int) -> None:
-        prompt = f"{number} " + "warm " * max(1, config.prompt_tokens // 2)
+        prompt = f"{number} " + "warm " * max(1, config.prompt_tokens // 8)
         tokens = min(WARMUP_TOKENS, config.output_tokens)
         body = {"model": server.model_name, "prompt": prompt, "max_tokens": tokens, **engine.exactly(tokens)}
         answer = httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=STALLED_S, trust_env=False)
@@ -163,17 +166,21 @@ def _level(benchmark: dict[str, Any], streams: int, config: Bench) -> Level:
         num_requests=len(requests),
         seconds=seconds,
         output_tok_s=_throughput(len(requests) * config.output_tokens / seconds, latencies),
-        ttft_ms=median([request["time_to_first_token_ms"] for request in requests]),
-        itl_ms=median([request["inter_token_latency_ms"] for request in requests if config.output_tokens > 1]),
+        ttft_ms=_median_of(requests, "time_to_first_token_ms"),
+        itl_ms=_median_of(requests, "inter_token_latency_ms"),
         request_s=median(latencies),
     )
 
 
+def _median_of(requests: Sequence[dict[str, Any]], field: str) -> Estimate | None:
+    """guidellm leaves a time out where an answer streamed no text, which happens with special tokens only."""
+    values = [request[field] for request in requests if request[field] is not None]
+    return median(values) if values else None
+
+
 def median(values: Sequence[float]) -> Estimate:
-    """With the standard error of a median of normal samples, 1.2533 s / sqrt(n); 0 of no values."""
+    """With the standard error of a median of normal samples, 1.2533 s / sqrt(n)."""
     n = len(values)
-    if n == 0:
-        return Estimate(0.0, None, 0)
     spread = math.sqrt(math.pi / 2) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return Estimate(statistics.median(values), spread, n)
 

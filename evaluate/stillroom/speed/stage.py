@@ -121,12 +121,10 @@ def _measurements(levels: Sequence[Level]) -> list[Measurement]:
     measurements = []
     for level in levels:
         where = f"speed.c{level.concurrency}"
-        measurements += [
-            _measurement(f"{where}.output_tok_s", level.output_tok_s, "tok/s", True),
-            _measurement(f"{where}.ttft_ms", level.ttft_ms, "ms", False),
-            _measurement(f"{where}.itl_ms", level.itl_ms, "ms", False),
-            _measurement(f"{where}.request_s", level.request_s, "s", False),
-        ]
+        measurements.append(_measurement(f"{where}.output_tok_s", level.output_tok_s, "tok/s", True))
+        for name, estimate in (("ttft_ms", level.ttft_ms), ("itl_ms", level.itl_ms), ("request_s", level.request_s)):
+            if estimate is not None:
+                measurements.append(_measurement(f"{where}.{name}", estimate, name.rpartition("_")[2], False))
     best = max((level.output_tok_s for level in levels), key=lambda estimate: estimate.value)
     return [*measurements, _measurement("speed.output_tok_s", best, "tok/s", True)]
 

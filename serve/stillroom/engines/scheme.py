@@ -47,12 +47,17 @@ def head_dim(config: dict[str, Any]) -> int | None:
     return None
 
 
-def kv_cache_gib_for(model_dir: Path, tokens: int) -> int:
-    """Whole GiB that hold keys and values of so many tokens in 16 bits, at least 1."""
+def kv_bytes_per_token(model_dir: Path) -> int:
+    """Keys and values of one token over all layers in 16 bits; 0 where config.json does not say."""
     config = read_config(model_dir)
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
-    per_token: int = 2 * 2 * config.get("num_hidden_layers", 0) * heads * (head_dim(config) or 0)
-    return max(1, -(-per_token * tokens // GIB))
+    size: int = 2 * 2 * config.get("num_hidden_layers", 0) * heads * (head_dim(config) or 0)
+    return size
+
+
+def kv_cache_gib_for(model_dir: Path, tokens: int) -> int:
+    """Whole GiB that hold keys and values of so many tokens, at least 1."""
+    return max(1, -(-kv_bytes_per_token(model_dir) * tokens // GIB))
 
 
 def check_served(model_dir: Path, config: ServeConfig) -> None:

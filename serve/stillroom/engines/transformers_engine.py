@@ -17,11 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.engines.contract import Installation, ServeConfig
-from stillroom.engines.scheme import read_quantization
+from stillroom.engines.scheme import GIB, kv_bytes_per_token, read_quantization
 from stillroom.machine import nvidia_gpus
 
 NEEDED = ("transformers", "torch", "accelerate", "fastapi", "uvicorn", "openai")
 """What `transformers serve` imports."""
+
+BLOCK_TOKENS = 256
+"""In one block of the paged KV cache."""
+MAX_BATCH_TOKENS = 1024
+"""In one forward pass."""
+MAX_BLOCKS = 128
+"""On CPU a mask of MAX_BATCH_TOKENS x cached tokens is held, 2 GiB at a quarter of a million."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class Transformers:
         return [
             str(installation.python), "-m", "transformers.cli.transformers", "serve", str(model_dir),
             "--device", installation.device, "--host", config.host, "--port", str(config.port),
-            "--continuous-batching",
+            "--continuous-batching", "--cb-block-size", str(BLOCK_TOKENS),
+            "--cb-num-blocks", str(_num_blocks(model_dir, config)), "--cb-max-batch-tokens", str(MAX_BATCH_TOKENS),
         ]  # fmt: skip
 
     def environment(self, config: ServeConfig, installation: Installation) -> dict[str, str]:
@@ -63,3 +71,9 @@ class Transformers:
     def exactly(self, output_tokens: int) -> dict[str, Any]:
         """No token has the id -1, so nothing ends the answer before `max_tokens`."""
         return {"generation_config": json.dumps({"eos_token_id": -1, "do_sample": False})}
+
+
+def _num_blocks(model_dir: Path, config: ServeConfig) -> int:
+    """Blocks that fill `kv_cache_gib`, and hold one whole context at least."""
+    per_block = BLOCK_TOKENS * max(1, kv_bytes_per_token(model_dir))
+    return max(-(-config.max_model_len // BLOCK_TOKENS), min(MAX_BLOCKS, config.kv_cache_gib * GIB // per_block))
