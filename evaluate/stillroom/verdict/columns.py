@@ -18,17 +18,18 @@ WEIGHT_BYTES = "size.weight_bytes"
 THROUGHPUT = "speed.output_tok_s"
 """The best over all concurrency levels."""
 
+PEAK_MEMORY = "memory.peak_gib"
+
 TEXT_METRICS = ("perplexity", "bits_per_byte", "loss")
 TASK_METRICS = ("acc_norm", "acc", "exact_match")
 """Of several metrics of a task, the first of these that it has stands for it."""
 
 ABBREVIATIONS = {
     "ttft": "time to first token",
-    "itl": "time between tokens",
-    "tpot": "time per output token",
-    "e2e": "whole request",
+    "itl": "inter-token latency",
+    "request": "whole request",
 }
-UNITS_SPELLED = {"tok/s": "tokens per second"}
+UNITS_SPELLED = {"tok/s": "tokens per second", "s": "seconds"}
 
 SAME_TOKENIZER = 1e-3
 """Bytes per token on one text differ by less than this between models that share a tokenizer."""
@@ -102,8 +103,7 @@ def throughput(row: Row) -> Measurement | None:
 
 def memory(row: Row) -> Measurement | None:
     """The most memory that the engine held while it served the variant."""
-    found = [m for name, m in row.measurements.items() if name.startswith("speed.") and name.endswith("memory_bytes")]
-    return max(found, key=lambda m: m.value, default=None)
+    return row.measurements.get(PEAK_MEMORY)
 
 
 def title(metric: str) -> str:
@@ -184,7 +184,12 @@ def show_gate(gate: GateResult, final: Row) -> str:
     return f"{write(gate.value)} {parsed.op} {write(gate.bound)}"
 
 
-_WRITERS: dict[str, Callable[[float], str]] = {"bytes": size, "parameters": count}
+def _gib(value: float) -> str:
+    """In the decimal units that the sizes beside it have."""
+    return size(value * 2**30)
+
+
+_WRITERS: dict[str, Callable[[float], str]] = {"bytes": size, "parameters": count, "GiB": _gib}
 """How a unit is written that is not written as a plain number."""
 
 
