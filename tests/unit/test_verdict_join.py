@@ -63,6 +63,12 @@ def test_a_failed_gate_fails_the_verdict_and_is_named(tmp_path: Path) -> None:
     assert "3 of 4 gates pass; failed: speed.output_tok_s >= 2 * dense (189.0 >= 262.0)." in verdict.sentence
 
 
+def test_a_missing_metric_fails_the_verdict_and_the_sentence_stays_short(tmp_path: Path) -> None:
+    verdict = verdict_of(tmp_path, gates=("quality.mmlu.acc >= 0.6",))
+    assert not verdict.passed
+    assert "failed: quality.mmlu.acc >= 0.6 (quality.mmlu.acc was not measured on int8)." in verdict.sentence
+
+
 def test_without_gates_the_verdict_says_so_and_passes(tmp_path: Path) -> None:
     verdict = verdict_of(tmp_path, gates=())
     assert verdict.passed

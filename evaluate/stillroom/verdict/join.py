@@ -260,5 +260,8 @@ def _gate_words(gates: Sequence[GateResult], final: Row) -> str:
     failed = [gate for gate in gates if gate.status == "fail"]
     if not failed:
         return "The gate passes." if len(gates) == 1 else f"All {len(gates)} gates pass."
-    listed = "; ".join(f"{gate.gate} ({columns.show_gate(gate, final)})" for gate in failed)
+    reasons = (
+        columns.show_gate(gate, final).partition("; ")[0] for gate in failed
+    )  # the table lists what was measured
+    listed = "; ".join(f"{gate.gate} ({reason})" for gate, reason in zip(failed, reasons, strict=True))
     return f"{len(gates) - len(failed)} of {len(gates)} gates pass; failed: {listed}."
