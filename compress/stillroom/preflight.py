@@ -18,12 +18,12 @@ from rich.table import Table
 from stillroom.engines.engine import find_engines
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.machine import GIB, Machine, free_disk_bytes, this_machine
-from stillroom.models.shape import ModelShape, shape_of
+from stillroom.models.shape import ModelShape, shape_of, stored_dtype
 from stillroom.plan import Plan, Step, cached
 from stillroom.prune.targets import target_shape
 from stillroom.quality.harness import check_task
 from stillroom.quantize.scheme import select_modules
-from stillroom.recipe import Distill, Prune, Quantize
+from stillroom.recipe import Distill, ModelSource, Prune, Quantize
 from stillroom.text import HUB
 
 DISTILL_BYTES_PER_PARAM = 18
@@ -116,7 +116,8 @@ def outlook(plan: Plan, run_dir: Path | None) -> Outlook:
             config = plan.sources[step.name].config
             if config is not None:
                 shapes[step.name] = shape_of(config, plan.sources[step.name].given)
-            schemes[step.name] = plan.recipe.model.dtype
+            asked = step.config.dtype if isinstance(step.config, ModelSource) else "auto"
+            schemes[step.name] = stored_dtype(config or {}) if asked == "auto" else asked
         elif step.kind in ("prune", "distill", "quantize"):
             _carry_shape(step, shapes, schemes)
         is_cached = run_dir is not None and cached(step, run_dir) is not None

@@ -37,8 +37,9 @@ class ModelSource(Frozen):
     """A hub id (`Qwen/Qwen3-8B`), a local directory, a `.gguf` file, or the embedded `smollm2-135m`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id. Pin a commit for a run that can be repeated."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """The type that weights are held and written in."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """The type that weights are held and written in. `auto`: the checkpoint's own, and bfloat16 for a GGUF file.
+    Another than the checkpoint's own makes a converted copy."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 

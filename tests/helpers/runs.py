@@ -26,7 +26,7 @@ def tiny_recipe(folder: Path, **changes: Any) -> Path:
         tiny_checkpoint(model, "llama", hidden_size=128, head_dim=32, intermediate_size=256)
     recipe: dict[str, Any] = {
         "name": "tiny",
-        "model": {"source": str(model), "dtype": "float32"},
+        "model": str(model),
         "data": {
             "train": [str(tiny_text_file(folder / "train.txt")), {"source": "teacher", "tokens": 256}],
             "heldout": [{"source": str(tiny_text_file(folder / "heldout.txt", 60)), "name": "heldout"}],

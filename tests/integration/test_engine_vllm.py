@@ -32,8 +32,7 @@ STARTUP_TIMEOUT_S = 300.0
 @pytest.fixture(scope="module")
 def vllm() -> Installation:
     installation = Vllm().find()
-    if installation is None:
-        pytest.skip("vLLM is not on this machine; stillroom engine install vllm")
+    assert installation is not None, "vLLM is not on this machine; run: stillroom engine install vllm"
     return installation
 
 

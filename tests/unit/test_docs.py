@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from runs import stillroom
 
+from runs import stillroom
 from stillroom.cli import cli
 from stillroom.recipe import Recipe
 
@@ -56,7 +56,9 @@ def test_every_documented_command_parses(command: str) -> None:
         parse(cli, arguments)
 
 
-@pytest.mark.parametrize("command", [c for c in commands("stillroom ") if c.removeprefix("stillroom ").startswith(RUN_HERE)])
+@pytest.mark.parametrize(
+    "command", [c for c in commands("stillroom ") if c.removeprefix("stillroom ").startswith(RUN_HERE)]
+)
 def test_every_documented_command_that_needs_no_run_succeeds(command: str, tmp_path: Path) -> None:
     answer = stillroom(*shlex.split(command)[1:], home=tmp_path, cwd=ROOT)
     assert answer.returncode == 0, answer.stderr

@@ -41,8 +41,7 @@ def run(job: Job) -> StageResult:
     _check(job, shape, teacher_shape, tokenizer, load_tokenizer(teacher_dir))
     windows, validation = _windows(job, tokenizer)
     job.progress.log(
-        f"distill {job.name}: {config.num_steps} steps of {config.batch_size} x {config.sequence_length} tokens "
-        f"from {len(windows)} windows"
+        f"{config.num_steps} steps of {config.batch_size} x {config.sequence_length} tokens from {len(windows)} windows"
     )
 
     teacher = load_model(teacher_dir).requires_grad_(False)

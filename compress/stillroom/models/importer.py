@@ -11,9 +11,10 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillroom.errors import EnvironmentCannot, InputError
-from stillroom.export.checkpoint import finish_config
+from stillroom.export.checkpoint import finish_config, save_checkpoint
 from stillroom.home import offline
-from stillroom.models.load import DTYPES
+from stillroom.models.load import DTYPES, load_model
+from stillroom.models.shape import read_config, stored_dtype
 from stillroom.models.source import EMBEDDED, EMBEDDED_ORIGIN, checked_config, model_file_hashes, resolve
 from stillroom.recipe import ModelSource
 from stillroom.stage import Job, StageResult
@@ -47,13 +48,17 @@ def run(job: Job) -> StageResult:
     details = {"origin": source.source, "source": source.source}
     if found.kind == "hub":
         details["revision"] = model_dir.name  # the hub's cache names a snapshot by its commit
+    if source.dtype not in ("auto", stored_dtype(read_config(model_dir))):
+        save_checkpoint(load_model(model_dir, dtype=DTYPES[source.dtype]), model_dir, job.out_dir)
+        return StageResult(details=details)
     return StageResult(location=model_dir, files=model_file_hashes(model_dir), details=details)
 
 
 def convert_gguf(path: Path, out_dir: Path, source: ModelSource) -> None:
     """Dequantize a GGUF file into a checkpoint directory with its tokenizer and chat template."""
+    dtype = DTYPES["bfloat16" if source.dtype == "auto" else source.dtype]
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=DTYPES[source.dtype])
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError) as error:
         raise InputError(f"{path} is no GGUF file that transformers can convert: {error}") from error

@@ -90,6 +90,11 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
+def stored_dtype(config: dict[str, Any]) -> str:
+    """The type that a config.json says its weights have, under transformers 5's name or the one before."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
 def shape_of(config: dict[str, Any], where: str) -> ModelShape:
     """The shape that a config.json describes. Raises InputError for an unknown family or a missing field."""
     family = family_of(config, where)
