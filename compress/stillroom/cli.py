@@ -237,10 +237,14 @@ def evaluate(
 
 
 def _task(given: str, limit: int | None) -> Any:
+    """NAME or NAME=FILE; the file stands for the split that the task is measured on."""
+    from stillroom.quality.harness import find_task
     from stillroom.recipe import Task
 
     name, _, file = given.partition("=")
-    return Task(name=name, data={"test": file} if file else None, limit=limit)
+    known = find_task(name) if file else None
+    split = known.measured_split if known else "test"
+    return Task(name=name, data={split: file} if file else None, limit=limit)
 
 
 @cli.command()
@@ -313,15 +317,26 @@ def serve(
 
 @cli.command()
 @PATH
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Also write the page and its plots into this folder.",
+)
 @JSON
-def report(path: Path, as_json: bool) -> None:
-    """Print the verdict of a run again and rewrite its HTML page. Exits with 3 when a gate failed."""
-    from stillroom.verdict.report import rewrite_report
+def report(path: Path, html: Path | None, as_json: bool) -> None:
+    """Print the verdict of a run again. Exits with 3 when a gate failed.
+
+    The run's own page stays as it was sealed; --html makes it anew from verdict.json.
+    """
+    from stillroom.verdict.report import write_report
+    from stillroom.verdict.verdict import load_verdict
 
     verdict_dir = (path / "verdict.json").resolve().parent if path.is_dir() else path.resolve().parent
     if not (verdict_dir / "verdict.json").is_file():
         raise InputError(f"{path} holds no verdict.json; finish the run with `stillroom run`")
-    click.echo(f"report  {rewrite_report(verdict_dir)}", err=True)
+    if html is not None:
+        html.mkdir(parents=True, exist_ok=True)
+        click.echo(f"report  {write_report(load_verdict(verdict_dir), html)}", err=True)
     show_verdict(verdict_dir, as_json)
     exit_by_verdict(verdict_dir)
 

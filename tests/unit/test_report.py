@@ -10,7 +10,7 @@ import pytest
 from results import REFUSED, VARIANTS, finished_run
 from stillroom.artifact import environment
 from stillroom.verdict.join import build_verdict
-from stillroom.verdict.report import draw, render_html, rewrite_report, write_report
+from stillroom.verdict.report import draw, render_html, write_report
 from stillroom.verdict.verdict import Row, Verdict, load_verdict
 
 HOSTILE = "<script>alert('x')</script>&\"quoted\""
@@ -148,6 +148,6 @@ def _plain(row: Row, *, keep: bool) -> Row:
 
 def test_the_report_is_made_again_from_verdict_json_alone(verdict: Verdict, tmp_path: Path) -> None:
     (tmp_path / "verdict.json").write_text(verdict.model_dump_json(), encoding="utf-8")
-    path = rewrite_report(tmp_path)
+    path = write_report(load_verdict(tmp_path), tmp_path)
     assert path == tmp_path / "report.html"
     assert path.read_text(encoding="utf-8") == render_html(verdict) == render_html(load_verdict(tmp_path))

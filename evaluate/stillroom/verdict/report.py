@@ -17,15 +17,10 @@ from stillroom.artifact import Measurement, write_atomically
 from stillroom.verdict import columns, plots
 from stillroom.verdict.plots import Bar, Look, Point
 from stillroom.verdict.table import all_notes
-from stillroom.verdict.verdict import Row, Verdict, load_verdict
+from stillroom.verdict.verdict import Row, Verdict
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report_template.html")
-
-
-def rewrite_report(verdict_dir: Path) -> Path:
-    """Make the report again from the directory's verdict.json, and say where it is."""
-    return write_report(load_verdict(verdict_dir), verdict_dir)
 
 
 def write_report(verdict: Verdict, out_dir: Path) -> Path:
