@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stillroom.distill import losses
 from stillroom.distill.losses import (
     IGNORE,
     DistillationLoss,
@@ -97,6 +98,24 @@ def test_loss_and_gradients_equal_the_naive_float64_ones(
         torch.testing.assert_close(actual.ce, ce, rtol=1e-10, atol=1e-12)
     for mine, theirs in zip(inputs, expected_inputs, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_pieces_of_a_chunk_change_nothing(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    h, w, th, tw, labels = example(6, 2, 6, 4, 4, 9)
+    results = []
+    for elements in (1, 30, 10_000):
+        monkeypatch.setattr(losses, "PIECE_ELEMENTS", elements)
+        hidden = h.clone().requires_grad_()
+        loss = distillation_loss(
+            hidden, Head(w, softcap), th, Head(tw, softcap), labels, LossSettings(2.0, 0.3, 7), count_positions(labels)
+        )
+        torch.autograd.backward(loss.total)
+        assert hidden.grad is not None
+        results.append((loss.total.detach(), hidden.grad))
+    for total, gradient in results[1:]:
+        torch.testing.assert_close(total, results[0][0], rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-12, atol=1e-15)
 
 
 def micro_losses(num_passes: int) -> tuple[Tensor, Tensor, float]:

@@ -31,6 +31,8 @@ from stillroom.errors import InputError
 IGNORE = -100
 """The label of padding."""
 
+PIECE_ELEMENTS = 1 << 22
+
 
 @dataclass(frozen=True)
 class Head:
@@ -42,7 +44,10 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) to (n, V), in float32 or better."""
-        raw = _to_math(hidden @ self.weight.T)
+        return self.capped(_to_math(hidden @ self.weight.T))
+
+    def capped(self, raw: Tensor) -> Tensor:
+        """The soft cap, in place."""
         return raw if self.softcap is None else raw.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
@@ -153,21 +158,28 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=math) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden_ND), settings.chunk_tokens):
             at = slice(start, start + settings.chunk_tokens)
-            logits = student.logits(hidden_ND[at])
-            # d tanh: 1 - tanh^2, from the capped logits, which the next line overwrites
-            slope = None if softcap is None else 1 - (logits / softcap).square_()
-            kl_sum, ce_sum, grad_logits = _loss_and_gradient(
-                logits, teacher.logits(teacher_hidden_ND[at]), counted_N[at], targets_N[at], settings, positions
-            )
-            kl += kl_sum
-            ce += ce_sum
-            if slope is not None:
-                grad_logits.mul_(slope)
-            grad_logits = grad_logits.to(hidden_ND.dtype)
+            raw_nV, teacher_raw_nV = hidden_ND[at] @ weight_VD.T, teacher_hidden_ND[at] @ teacher.weight.T
+            counted_n, targets_n = counted_N[at], targets_N[at]
+            for rows in _pieces(raw_nV):
+                logits = student.capped(_to_math(raw_nV[rows]))
+                # d tanh: 1 - tanh^2, from the capped logits, which the next line overwrites
+                slope = None if softcap is None else 1 - (logits / softcap).square_()
+                kl_sum, ce_sum, grad_logits = _loss_and_gradient(
+                    logits,
+                    teacher.capped(_to_math(teacher_raw_nV[rows])),
+                    counted_n[rows],
+                    targets_n[rows],
+                    settings,
+                    positions,
+                )
+                kl += kl_sum
+                ce += ce_sum
+                raw_nV[rows] = grad_logits if slope is None else grad_logits.mul_(slope)
+            grad_logits_nV = raw_nV
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight_VD, out=grad_hidden[at])
+                torch.mm(grad_logits_nV, weight_VD, out=grad_hidden[at])
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden_ND[at]
+                grad_weight += grad_logits_nV.T @ hidden_ND[at]
         ctx.gradients = (grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         kl /= max(positions.kl, 1)
         ce /= max(positions.ce, 1)
@@ -179,6 +191,16 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.gradients]
         return scaled[0], scaled[1], None, None, None, None, None, None, None
+
+
+def _pieces(raw_nV: Tensor) -> list[slice]:
+    """How the rows of a chunk are taken for softmax and the like: all at once on a GPU, by 16 MB in float32 on a CPU.
+
+    There a larger tensor is new memory in every operation, and touching it for the first time costs more than the
+    arithmetic. Matrix products want the whole chunk, since each reads all of the head.
+    """
+    step = len(raw_nV) if raw_nV.is_cuda else max(1, PIECE_ELEMENTS // raw_nV.shape[1])
+    return [slice(start, start + step) for start in range(0, len(raw_nV), step)]
 
 
 def _loss_and_gradient(
