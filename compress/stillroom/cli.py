@@ -36,6 +36,9 @@ Exit codes:
   130  interrupted; the same command goes on from there
 """
 
+DEFAULT_CONTEXT = 4096
+"""Tokens that `serve` starts an engine with, where the model has as many positions."""
+
 PATH = click.argument("path", type=click.Path(path_type=Path, exists=True))
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a field, e.g. stages.0.num_layers=24."
@@ -287,17 +290,20 @@ def bench(path: Path, engine: str, concurrency: str, prompt_tokens: int, output_
 @click.option("--host", default="127.0.0.1", show_default=True, help="Loopback unless you say otherwise.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 chooses a free one.")
 @click.option(
-    "--max-model-len", type=click.IntRange(min=16), default=4096, show_default=True, help="Context in tokens."
+    "--max-model-len",
+    type=click.IntRange(min=16),
+    help="Context in tokens.  [default: 4096, or the model's own if less]",
 )
 @click.option(
     "--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs to share the model over."
 )
 @click.option("--dry-run", is_flag=True, help="Print the engine's command and stop.")
 def serve(
-    path: Path, engine: str, host: str, port: int, max_model_len: int, tensor_parallel: int, dry_run: bool
+    path: Path, engine: str, host: str, port: int, max_model_len: int | None, tensor_parallel: int, dry_run: bool
 ) -> None:
     """Serve a run's model or any checkpoint directory behind an OpenAI-compatible endpoint, until Ctrl-C."""
     from stillroom.engines.process import print_command, serve_foreground
+    from stillroom.models.shape import read_config
     from stillroom.pipeline import locate_model
 
     model_dir, artifact = locate_model(path)
@@ -305,7 +311,8 @@ def serve(
     config = {
         "host": host,
         "port": port,
-        "max_model_len": max_model_len,
+        "max_model_len": max_model_len
+        or min(DEFAULT_CONTEXT, read_config(model_dir).get("max_position_embeddings", DEFAULT_CONTEXT)),
         "tensor_parallel": tensor_parallel,
         "served_model_name": name,
     }
