@@ -38,8 +38,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, bench=BENCH, gates=["speed.output_tok_s >= 0.01 * dense", "size.weight_bytes <= 0.9 * dense"]
     )
     home = Path(os.environ.get("STILLROOM_HOME", Path.home() / ".cache" / "stillroom"))
-    command = stillroom_command("run", recipe, "--out", folder / "run", "--json")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = stillroom_command("run", recipe, "--out", "run", "--json")  # relative, as people type it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=folder)
     assert process.stdout is not None
     for line in process.stdout:
         event = json.loads(line)
@@ -48,7 +48,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             break
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
-    answer = stillroom("run", recipe, "--out", folder / "run", home=home)
+    answer = stillroom("run", recipe, "--out", "run", home=home, cwd=folder)
     assert answer.returncode == 0, answer.stderr
     return folder / "run"
 

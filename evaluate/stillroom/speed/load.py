@@ -218,10 +218,10 @@ def _scenario(
             },
             "profile": {"kind": "concurrent", "streams": [config.concurrency[0]]},
             "constraints": [{"kind": "max_requests", "count": num_requests(config, config.concurrency[0])}],
-            "tokenizer": {"kind": "huggingface_auto", "model": str(tokenizer_dir)},
+            "tokenizer": {"kind": "huggingface_auto", "model": str(tokenizer_dir.resolve())},
             "data": [{"kind": "synthetic_text", "prompt_tokens": config.prompt_tokens}],
             "seed": {"kind": "static", "value": SEED},
-            "outputs": [{"kind": "json", "path": str(report)}],
+            "outputs": [{"kind": "json", "path": str(report.resolve())}],
         },
         "benchmarks": [
             {"profile.streams": streams, "constraints[0].count": num_requests(config, streams)}
