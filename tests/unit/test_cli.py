@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runs import stillroom, stillroom_command, tiny_recipe
+from runs import stillroom, stillroom_command, stillroom_environment, tiny_recipe
 from stillroom.pipeline import lock, prepare_run_dir
 from tiny import tiny_checkpoint
 
@@ -176,3 +177,26 @@ def test_the_resolved_recipe_of_a_run_can_be_run_again(home: Path, tmp_path: Pat
     again = stillroom("run", copy, "--out", tmp_path / "run", home=home)
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on_and_exits_with_130(
+    sent: signal.Signals, home: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        stillroom_command("run", tiny_recipe(tmp_path / "recipe"), "--out", tmp_path / "run", "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=stillroom_environment(home),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "started" and event["step"] == "prune":
+            process.send_signal(sent)
+            break
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "interrupted; the same command goes on from there" in errors
+    assert "Traceback" not in errors

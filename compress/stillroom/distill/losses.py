@@ -196,8 +196,9 @@ class _ChunkedLoss(torch.autograd.Function):
 def _pieces(raw_nV: Tensor) -> list[slice]:
     """How the rows of a chunk are taken for softmax and the like: all at once on a GPU, by 16 MB in float32 on a CPU.
 
-    There a larger tensor is new memory in every operation, and touching it for the first time costs more than the
-    arithmetic. Matrix products want the whole chunk, since each reads all of the head.
+    There a larger tensor is new memory in every operation, and timing single operations showed the first touch to cost
+    more than the arithmetic; the whole loss was not timed against taking a chunk at once. Matrix products want the
+    whole chunk, since each reads all of the head.
     """
     step = len(raw_nV) if raw_nV.is_cuda else max(1, PIECE_ELEMENTS // raw_nV.shape[1])
     return [slice(start, start + step) for start in range(0, len(raw_nV), step)]
