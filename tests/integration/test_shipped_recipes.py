@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runs import stillroom
 from tiny import tiny_checkpoint, tiny_text_file
 
-SIXTH = {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+SIXTH: dict[str, Any] = {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 """Of Qwen3-8B's 36 layers, a sixth; widths that keep the recipes' ratios at multiples of 16."""
 
 SMALL_CALIBRATION = "{samples: 4, sequence_length: 64, batch_size: 2}"
