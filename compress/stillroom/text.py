@@ -49,8 +49,7 @@ def check_text(source: TextSource) -> None:
     if source.source == TEACHER:
         return
     if source.source.startswith(HUB):
-        _hub_name(source)
-        _require("datasets", source)
+        _hub_name(source)  # whether `datasets` is there is for preflight: a plan needs only the name
         return
     if next(read_documents(source), None) is None:
         raise InputError(f"{source.source} is empty: it holds no document with text")
