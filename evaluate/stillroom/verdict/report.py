@@ -249,9 +249,10 @@ def _provenance(verdict: Verdict) -> str:
     """Keys, configs and numbers of each variant, versions, and how to get the same again."""
     folded = [_folded(row.variant, _facts(_made_by(row)) + _all_numbers(row)) for row in verdict.rows]
     folded.append(_folded("versions and hardware", _facts({**verdict.environment, **verdict.bench})))
-    final = shlex.quote(verdict.row(verdict.final).path)
+    path = Path(verdict.row(verdict.final).path)
+    final, run_dir = shlex.quote(str(path)), path.parent.parent  # RUN/artifacts/NAME-KEY
     commands = (
-        f"stillroom run {shlex.quote(verdict.recipe)} --set seed={verdict.seed}\n"
+        f"stillroom run {shlex.quote(str(run_dir / 'recipe.yaml'))} --out {shlex.quote(f'{run_dir}-again')}\n"
         f"stillroom serve {final}\n"
         f"stillroom verify {final}"
     )
