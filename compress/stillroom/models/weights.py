@@ -28,6 +28,8 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    start: int
+    """Of its first byte in the file."""
 
 
 def tensor_entries(model_dir: Path) -> dict[str, TensorEntry]:
@@ -81,20 +83,20 @@ def check_weights(model_dir: Path, shape: ModelShape) -> None:
 
 
 def _file_entries(file: Path) -> dict[str, TensorEntry]:
-    header, data_bytes = _header(file)
+    header, data_start = _header(file)
+    data_bytes = file.stat().st_size - data_start
     entries = {}
     end = 0
     for name, fields in header.items():
         if name == "__metadata__":
             continue
         try:
-            start, stop = fields["data_offsets"]
-            entries[name] = TensorEntry(
-                file, str(fields["dtype"]), tuple(map(int, fields["shape"])), int(stop) - int(start)
-            )
+            start, stop = map(int, fields["data_offsets"])
+            shape = tuple(map(int, fields["shape"]))
+            entries[name] = TensorEntry(file, str(fields["dtype"]), shape, stop - start, data_start + start)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: the header's entry for {name} is broken ({error!r})") from error
-        end = max(end, int(stop))
+        end = max(end, stop)
     if end != data_bytes:
         raise InputError(
             f"{file} is truncated or damaged: its header describes {end} bytes of tensors, the file holds "
@@ -105,6 +107,7 @@ def _file_entries(file: Path) -> dict[str, TensorEntry]:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header's content, and where in the file the tensors' bytes begin."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         prefix = opened.read(8)
@@ -117,4 +120,4 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
             raise InputError(f"{file} is no safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
         raise InputError(f"{file} is no safetensors file: its header is not an object")
-    return header, size - 8 - length
+    return header, 8 + length

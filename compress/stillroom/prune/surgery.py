@@ -1,7 +1,8 @@
 """Cut a checkpoint directory into a smaller one, tensor by tensor, from the family's axes and lists of what stays.
 
-No model is built and no two are held: each tensor is read from its safetensors file, indexed along its axes, and
-written into shards of a few gigabytes. Everything is checked from the headers before the first byte is written.
+No model is built and none is held: each tensor is read in blocks of rows, which are indexed along its axes and written
+into shards of a few gigabytes, so memory is that of a few blocks whatever the model's size. Everything is checked from
+the headers before the first byte is written.
 
 Cutting FFN channels, heads, KV groups or layers only removes terms of sums. Cutting hidden channels also changes what
 an RMS norm divides by. With x the norm's input of n channels, n' of them kept, and S, S' the sums of x^2 over all and
@@ -27,30 +28,34 @@ import dataclasses
 import json
 import math
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
 from stillroom.artifact import write_atomically
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.export.checkpoint import copy_companions, finish_config
+from stillroom.export.writer import MAX_SHARD_BYTES, NewTensor, write_checkpoint
 from stillroom.models.family import Axis
 from stillroom.models.shape import ModelShape, read_config, shape_of
-from stillroom.models.weights import INDEX, TensorEntry, check_weights, tensor_entries
+from stillroom.models.tensors import row_blocks
+from stillroom.models.weights import check_weights, tensor_entries
 from stillroom.prune.targets import with_config
 
-MAX_SHARD_BYTES = 5_000_000_000
 HARMLESS_ENDINGS = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints carry and that every loader computes anew; they are left behind."""
 LM_HEAD = "lm_head.weight"
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 """As safetensors names them."""
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of a number: the integers that numpy, which knows no bfloat16, can copy instead."""
 
 PerLayer = Mapping[int, tuple[int, ...]]
 """Kept indices, ascending, by the source's layer index."""
@@ -118,23 +123,17 @@ def cut_checkpoint(
     target = cut_shape(shape, cut)
     factors = _scale_factors(shape, cut, norm_shares)
     entries = tensor_entries(source_dir)
-    plan = _plan(entries, shape, target, cut)
-    shards = _shards({name: num_bytes for name, (_, num_bytes) in plan.items()}, max_shard_bytes)
+    plan = {name: _source_name(shape, cut, name) for name in target.tensor_shapes()}
+    new = {n: NewTensor(entries[plan[n]].dtype, size) for n, size in target.tensor_shapes().items()}
     out_dir.mkdir(parents=True, exist_ok=True)
-    _check_room(out_dir, sum(num_bytes for _, num_bytes in plan.values()))
-    expected, done = target.tensor_shapes(), 0
-    for file_name, names in shards.items():
-        tensors = {}
-        for name in names:
-            source_name = plan[name][0]
-            tensor = _cut_tensor(_read(entries[source_name], source_name), source_name, shape, cut, factors)
-            assert tuple(tensor.shape) == expected[name], (name, tuple(tensor.shape), expected[name])
-            tensors[name] = tensor
-            done += 1
-            progress(done, len(plan))
-        _save(tensors, out_dir / file_name)
-    if len(shards) > 1:
-        _write_index(shards, sum(num_bytes for _, num_bytes in plan.values()), out_dir)
+    _check_room(out_dir, sum(tensor.num_bytes for tensor in new.values()))
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        source_name = plan[name]
+        for first_row, rows in row_blocks(entries[source_name]):
+            yield _cut_tensor(rows, source_name, shape, cut, factors, first_row)
+
+    write_checkpoint(out_dir, new, blocks, max_shard_bytes=max_shard_bytes, progress=progress)
     write_atomically(out_dir / "config.json", json.dumps(target.config, indent=2) + "\n")
     copy_companions(source_dir, out_dir)
     finish_config(out_dir)
@@ -158,18 +157,6 @@ def _check_known(model_dir: Path, shape: ModelShape) -> None:
         )
 
 
-def _plan(
-    entries: Mapping[str, TensorEntry], shape: ModelShape, target: ModelShape, cut: Cut
-) -> dict[str, tuple[str, int]]:
-    """Each new tensor, with the name of the one that it is cut from and its own bytes."""
-    plan = {}
-    for name, size in target.tensor_shapes().items():
-        source_name = _source_name(shape, cut, name)
-        entry = entries[source_name]
-        plan[name] = (source_name, entry.num_bytes * math.prod(size) // math.prod(entry.shape))
-    return plan
-
-
 def _layer_of(shape: ModelShape, name: str) -> int | None:
     """The layer that a tensor belongs to, None for embeddings, final norm and head."""
     prefix = f"{shape.family.layers}."
@@ -185,18 +172,37 @@ def _source_name(shape: ModelShape, cut: Cut, name: str) -> str:
     return name.replace(f"{prefix}{layer}.", f"{prefix}{cut.layers[layer]}.", 1)
 
 
-def _cut_tensor(tensor: Tensor, name: str, shape: ModelShape, cut: Cut, factors: Mapping[str, float]) -> Tensor:
-    """What stays of a source tensor, in its dtype, rescaled where the cut of hidden channels asks for it."""
-    if not torch.isfinite(tensor).all():
+def _cut_tensor(
+    tensor: Tensor, name: str, shape: ModelShape, cut: Cut, factors: Mapping[str, float], first_row: int = 0
+) -> Tensor:
+    """What stays of a source tensor, or of its rows from `first_row` on, in its dtype and rescaled where the cut of
+    hidden channels asks for it."""
+    if not _finite(tensor):
         raise InputError(f"{name} holds NaN or infinite values; the model is damaged: fetch or train it again")
     layer = _layer_of(shape, name)
     for dim, axis in enumerate(_axes(shape, name)):
         if (kept := _kept(axis, layer, shape, cut)) is not None:
-            tensor = tensor.index_select(dim, torch.tensor(kept))
+            tensor = _taken(tensor, dim, kept, first_row if dim == 0 else 0)
     if name in factors:
         offset = shape.family.norm_offset if tensor.ndim == 1 else 0.0
         tensor = ((tensor.double() + offset) * factors[name] - offset).to(tensor.dtype)
     return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    """No NaN and nothing infinite: least and greatest carry either along. 50 times as fast as `isfinite().all()` on
+    bfloat16."""
+    return not tensor.numel() or all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
+
+
+def _taken(tensor: Tensor, dim: int, kept: Sequence[int], first: int) -> Tensor:
+    """Those of the `kept` indices, ascending, that `tensor` holds; along `dim` it begins with index `first`.
+
+    numpy's take copies 2-byte numbers along the last dimension 4 times as fast as torch's index_select.
+    """
+    here = kept[bisect_left(kept, first) : bisect_left(kept, first + tensor.shape[dim])]
+    bits = tensor.view(BITS[tensor.itemsize]).numpy()
+    return torch.from_numpy(np.take(bits, np.asarray(here, dtype=np.int64) - first, axis=dim)).view(tensor.dtype)
 
 
 def _axes(shape: ModelShape, name: str) -> tuple[Axis, ...]:
@@ -255,46 +261,9 @@ def _embedding(shape: ModelShape) -> str:
     return name
 
 
-def _read(entry: TensorEntry, name: str) -> Tensor:
-    try:
-        with safe_open(entry.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-    except SafetensorError as error:
-        raise InputError(f"{entry.file} cannot be read ({error}); fetch it again") from error
-    return tensor
-
-
-def _shards(num_bytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
-    """Tensors by file, in order, each file as full as `max_shard_bytes` allows."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in num_bytes.items():
-        if groups[-1] and filled + size > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
-
-
 def _check_room(out_dir: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(out_dir).free
     if num_bytes > free:
         raise EnvironmentCannot(
             f"{out_dir} has {free} bytes free; the pruned model needs {num_bytes}: free some or move --out"
         )
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise EnvironmentCannot(f"{path} could not be written: {error}") from error
-
-
-def _write_index(shards: Mapping[str, list[str]], total_bytes: int, out_dir: Path) -> None:
-    weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    write_atomically(out_dir / INDEX, json.dumps(index, indent=2) + "\n")
