@@ -130,6 +130,83 @@ class StageConfig(Frozen):
     """The stage whose result this one reads (`dense` for the unpruned model). Default: the stage before."""
 
 
+def _whole_number(value: Any) -> Any:
+    """YAML reads `6e9` as text and `6.0e9` as a float; both mean an integer here."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class Target(Frozen):
+    """What the search for a shape must reach; every target that is given holds at once, for the named load.
+
+    Costs are prune/cost.py's: exact parameters, bytes of weights and KV cache, and a roofline of the hardware.
+    """
+
+    params: int | None = Field(default=None, ge=1)
+    """At most this many parameters."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """At most so many GB (10^9 bytes) on each GPU: weights in `scheme`, and the KV cache of `batch` x `context`
+    tokens. What an engine takes beside (activations, graphs) is not in it."""
+    latency_ms: float | None = Field(default=None, gt=0)
+    """At most so many milliseconds between two output tokens of a sequence."""
+    throughput: float | None = Field(default=None, gt=0)
+    """At least so many output tokens per second, of all sequences together."""
+    hardware: Literal["H100", "H200", "B200", "L40S", "A100", "cpu"] | None = None
+    """What serves it; needed for latency_ms and throughput. `cpu` is this machine, measured at the start."""
+    batch: int = Field(default=1, ge=1)
+    """Sequences decoded together."""
+    context: int = Field(default=4096, ge=1)
+    """Tokens in each sequence's KV cache."""
+    scheme: Literal["none", "fp8", "int8", "nvfp4"] = "none"
+    """How the served weights are quantized; `none`: 16 bits."""
+    kv_cache: Literal["none", "fp8"] = "none"
+    """How keys and values are stored; `none`: in 16 bits."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that share the model."""
+    measured: Path | None = None
+    """A table of speeds measured on the engine at hand, which corrects the roofline (prune/correction.py says how;
+    benchmarks/roofline.py writes one)."""
+    multiple_of: int | None = Field(default=None, ge=16, multiple_of=16)
+    """Widths are multiples of this x tensor_parallel. Default: the largest of 128, 64, 32 and 16 that leaves four
+    sizes to choose from."""
+    max_cut: float = Field(default=0.5, gt=0, lt=1)
+    """The largest share of any one axis that is cut; moderate cuts of several axes lose less than one deep cut."""
+    candidates: int = Field(default=12, ge=2)
+    """Shapes that are cut, repaired and scored by KL to the dense model, the best pure-depth and the best pure-width
+    one among them."""
+    rerank: int = Field(default=3, ge=0)
+    """So many of the best are distilled for a short while and ranked again; 0 takes the first by KL."""
+    rerank_tokens: int = Field(default=1_000_000, ge=1)
+    """Distillation tokens for each of those."""
+
+    @field_validator("params", "rerank_tokens", mode="before")
+    @classmethod
+    def _yaml_writes_6e9(cls, value: Any) -> Any:
+        return _whole_number(value)
+
+    @model_validator(mode="after")
+    def _says_what_and_where(self) -> Target:
+        if not self.given():
+            raise ValueError("give at least one of params, memory_gb, latency_ms, throughput")
+        speeds = [name for name in ("latency_ms", "throughput") if name in self.given()]
+        if speeds and self.hardware is None:
+            raise ValueError(f"{' and '.join(speeds)} needs `hardware`: one of H100, H200, B200, L40S, A100, cpu")
+        if self.measured is not None and self.hardware is None:
+            raise ValueError("`measured` corrects the speed of a `hardware`; name it")
+        if self.rerank > self.candidates:
+            raise ValueError(f"rerank {self.rerank} is more than the {self.candidates} candidates that are scored")
+        return self
+
+    def given(self) -> dict[str, float]:
+        """The targets that were given, by name."""
+        named = ((name, getattr(self, name)) for name in ("params", "memory_gb", "latency_ms", "throughput"))
+        return {name: value for name, value in named if value is not None}
+
+
 class Prune(StageConfig):
     """Cut layers (depth) and channels (width) into a smaller model of the same family and of one shape throughout.
 
@@ -162,13 +239,7 @@ class Prune(StageConfig):
     @field_validator("target_params", mode="before")
     @classmethod
     def _yaml_writes_6e9(cls, value: Any) -> Any:
-        """YAML reads `6e9` as text and `6.0e9` as a float; both mean an integer here."""
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                return value
-        return int(value) if isinstance(value, float) and value == int(value) else value
+        return _whole_number(value)
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Prune:
@@ -464,8 +535,8 @@ def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
     """The fields allowed where an unknown one stood, found by walking the location through the models."""
     by_name: dict[str, type[BaseModel]] = {
         "model": ModelSource, "data": Data, "train": TextSource, "heldout": TextSource, "prune": Prune,
-        "distill": Distill, "quantize": Quantize, "calibration": Calibration, "verify": Verify, "evaluate": Evaluate,
-        "tasks": Task, "bench": Bench, "baselines": ModelSource,
+        "distill": Distill, "quantize": Quantize, "calibration": Calibration, "target": Target, "verify": Verify,
+        "evaluate": Evaluate, "tasks": Task, "bench": Bench, "baselines": ModelSource,
     }  # fmt: skip
     inner: type[BaseModel] = Recipe
     for part in location[:-1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from math import prod
@@ -50,12 +51,12 @@ class ModelShape:
             for name, axes in self.family.tensor_names(config).items()
         }
 
-    @property
+    @functools.cached_property
     def num_params(self) -> int:
         """Exact; tied embeddings count once."""
         return sum(prod(shape) for shape in self.tensor_shapes().values())
 
-    @property
+    @functools.cached_property
     def num_linear_params(self) -> int:
         """Weights of the layers' linear modules, which is what quantization schemes shrink."""
         return sum(
