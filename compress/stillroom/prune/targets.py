@@ -33,7 +33,7 @@ def target_shape(config: Prune, shape: ModelShape, keep_layers: Sequence[int] | 
         wanted = _for_target(config, config.target_params, shape)
     else:
         wanted = _for_sizes(config, shape)
-        _check_sizes(shape, wanted)
+        check_sizes(shape, wanted)
     if config.drop_layers is not None:
         keep_layers = [i for i in range(shape.num_layers) if i not in config.drop_layers]
     elif keep_layers is None:
@@ -94,7 +94,7 @@ def _num_layers(config: Prune, shape: ModelShape) -> int:
     return config.num_layers or shape.num_layers
 
 
-def _check_sizes(shape: ModelShape, wanted: ModelShape) -> None:
+def check_sizes(shape: ModelShape, wanted: ModelShape) -> None:
     """Raise InputError for sizes that `shape` cannot be cut to, or that engines or transformers would refuse."""
     for field in ("num_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "num_attention_heads"):
         given, own = getattr(wanted, field), getattr(shape, field)
