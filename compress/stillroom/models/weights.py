@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.errors import InputError
+from stillroom.models.family import Family
 from stillroom.models.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
@@ -40,6 +41,17 @@ def tensor_entries(model_dir: Path) -> dict[str, TensorEntry]:
             if name in entries:
                 raise InputError(f"{model_dir}: tensor {name} is in both {entries[name].file.name} and {file.name}")
             entries[name] = entry
+    return entries
+
+
+def family_entries(model_dir: Path, family: Family) -> dict[str, TensorEntry]:
+    """The same under the names that the family's description uses, whatever an old checkpoint calls them."""
+    entries: dict[str, TensorEntry] = {}
+    for stored, entry in tensor_entries(model_dir).items():
+        name = family.current_name(stored)
+        if name in entries:
+            raise InputError(f"{model_dir} holds the tensor {name} twice, once as {stored}")
+        entries[name] = entry
     return entries
 
 
@@ -73,8 +85,9 @@ def check_weights(model_dir: Path, shape: ModelShape) -> None:
 
     For unquantized checkpoints; a tied lm_head that was written all the same is allowed.
     """
-    entries = tensor_entries(model_dir)
+    entries = family_entries(model_dir, shape.family)
     expected = shape.tensor_shapes()
+    expected |= {n: shape.tensor_shape(n) for n in shape.places if n in entries and n not in expected}
     if missing := [name for name in expected if name not in entries]:
         raise InputError(f"{model_dir} lacks {len(missing)} tensors that its config promises, the first: {missing[0]}")
     for name, wanted in expected.items():
