@@ -13,7 +13,9 @@ from torch import Tensor
 from stillroom.errors import InputError
 from stillroom.models.shape import ModelShape, shape_of
 from stillroom.prune.depth import keep_layers
-from stillroom.prune.importance import Importance, Wanted, measure
+from stillroom.prune.importance.measure import measure
+from stillroom.prune.importance.names import Wanted
+from stillroom.prune.importance.scores import Importance
 from stillroom.prune.width import keep_heads, strongest
 from tiny import FAMILIES, tiny_model
 

@@ -19,7 +19,9 @@ from stillroom.errors import InputError
 from stillroom.models.load import load_model, load_tokenizer
 from stillroom.models.shape import ModelShape
 from stillroom.prune.depth import keep_layers
-from stillroom.prune.importance import Importance, Wanted, measure
+from stillroom.prune.importance.measure import measure
+from stillroom.prune.importance.names import Wanted
+from stillroom.prune.importance.scores import Importance
 from stillroom.prune.surgery import Cut, cut_checkpoint, source_shape
 from stillroom.prune.targets import target_shape
 from stillroom.prune.width import keep_heads, strongest
