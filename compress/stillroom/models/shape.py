@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -121,14 +121,20 @@ class ModelShape:
         return {self.spelled(*place): place for pattern in self.family.tensors for place in self._places(pattern)}
 
     def _places(self, pattern: str) -> Iterator[Place]:
+        layers, experts = self._indices(pattern)
+        for layer in layers:
+            for expert in experts:
+                yield Place(pattern, layer, expert)
+
+    def _indices(self, pattern: str) -> tuple[Sequence[int | None], Sequence[int | None]]:
+        """The layers and experts that a tensor of the description is spelled out with; none where it is not there."""
         family = self.family
         if pattern in family.only_when and not family.holds(family.only_when[pattern], self.config):
-            return
+            return (), ()
         if self.tied and pattern in family.tied_tensors:
-            return
-        for layer in self.layers_of(pattern) if LAYER in pattern else (None,):
-            for expert in range(self.num_experts) if EXPERT in pattern else (None,):
-                yield Place(pattern, layer, expert)
+            return (), ()
+        layers: Sequence[int | None] = self.layers_of(pattern) if LAYER in pattern else (None,)
+        return layers, range(self.num_experts) if EXPERT in pattern else (None,)
 
     def axes(self, name: str) -> tuple[Axis, ...]:
         """The axes of a tensor, in order."""
@@ -143,25 +149,45 @@ class ModelShape:
         optional = self.family.optional
         return {name: self.tensor_shape(name) for name, place in self.places.items() if place.pattern not in optional}
 
-    @property
+    @functools.cached_property
     def num_params(self) -> int:
         """Exact; tied embeddings count once."""
-        return sum(prod(shape) for shape in self.tensor_shapes().values())
+        return self.params_of(lambda pattern: True)
+
+    def params_of(self, wanted: Callable[[str], bool]) -> int:
+        """Parameters of the description's tensors that are wanted, without optional ones.
+
+        No name is spelled out: a search for a shape asks for thousands of shapes.
+        """
+        counted = 0
+        for pattern, axes in self.family.tensors.items():
+            if pattern not in self.family.optional and wanted(pattern):
+                layers, experts = self._indices(pattern)
+                counted += len(layers) * len(experts) * prod(map(self.axis_size, axes))
+        return counted
+
+    def is_linear(self, pattern: str) -> bool:
+        """Whether a tensor of the description is the weight of a layer's linear module; a router's is not."""
+        axes = self.family.tensors[pattern]
+        return (
+            LAYER in pattern and len(axes) == 2 and all(part in CHANNELS for axis in axes for part in axis_parts(axis))
+        )
 
     def linear_shapes(self) -> dict[str, tuple[int, ...]]:
         """The weights of the layers' linear modules, which is what quantization schemes shrink; routers are not."""
         return {
-            name: shape
-            for name, shape in self.tensor_shapes().items()
-            if self.places[name].layer is not None
-            and len(shape) == 2
-            and all(part in CHANNELS for axis in self.axes(name) for part in axis_parts(axis))
+            name: shape for name, shape in self.tensor_shapes().items() if self.is_linear(self.places[name].pattern)
         }
 
-    @property
+    @functools.cached_property
     def num_linear_params(self) -> int:
         """Weights of the layers' linear modules."""
-        return sum(map(prod, self.linear_shapes().values()))
+        return self.params_of(self.is_linear)
+
+    @functools.cached_property
+    def num_expert_params(self) -> int:
+        """Weights of all experts' linear modules; a token passes through `num_experts_per_token` of them."""
+        return self.params_of(lambda pattern: EXPERT in pattern and self.is_linear(pattern))
 
     def weight_bytes(self, scheme: str) -> int:
         """Bytes of the checkpoint's tensors; `scheme` is a dtype, or fp8 or int8 for the layers' linear modules."""
