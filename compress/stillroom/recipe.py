@@ -215,9 +215,11 @@ class Prune(StageConfig):
 
     kind: Literal["prune"] = "prune"
     num_layers: int | None = Field(default=None, ge=1)
-    """Layers to keep, chosen by `depth_importance`."""
+    """Layers to keep, chosen by `depth_importance`; of an encoder-decoder, the encoder's."""
+    num_decoder_layers: int | None = Field(default=None, ge=1)
+    """The same of an encoder-decoder's decoder."""
     drop_layers: tuple[int, ...] | None = None
-    """These layers go, counted from 0, instead of a number."""
+    """These layers go, counted from 0, instead of a number; a decoder's are counted on from its encoder's."""
     hidden_size: int | None = Field(default=None, ge=1)
     """Channels of the residual stream to keep."""
     intermediate_size: int | None = Field(default=None, ge=1)
@@ -226,6 +228,10 @@ class Prune(StageConfig):
     """Query heads to keep, as many in each KV group."""
     num_key_value_heads: int | None = Field(default=None, ge=1)
     """KV groups to keep, each with its query heads."""
+    num_experts: int | None = Field(default=None, ge=1)
+    """Experts to keep in every layer."""
+    moe_intermediate_size: int | None = Field(default=None, ge=1)
+    """FFN channels to keep in every expert."""
     target_params: int | None = Field(default=None, ge=1)
     """Instead of sizes: the largest model with at most this many parameters, cut along `shrink`."""
     shrink: Literal["depth", "width"] = "depth"
@@ -243,8 +249,9 @@ class Prune(StageConfig):
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Prune:
-        if self.num_layers is not None and self.drop_layers is not None:
-            raise ValueError("give num_layers or drop_layers, not both")
+        for number in ("num_layers", "num_decoder_layers"):
+            if getattr(self, number) is not None and self.drop_layers is not None:
+                raise ValueError(f"give {number} or drop_layers, not both")
         if self.drop_layers is not None and len(set(self.drop_layers)) != len(self.drop_layers):
             raise ValueError(f"drop_layers {list(self.drop_layers)} names a layer twice")
         if self.target_params is not None and self.sizes():
@@ -252,7 +259,7 @@ class Prune(StageConfig):
         if self.target_params is None and not self.sizes():
             raise ValueError(
                 "nothing to cut: give num_layers, drop_layers, hidden_size, intermediate_size, num_attention_heads, "
-                "num_key_value_heads or target_params"
+                "num_key_value_heads, num_experts, moe_intermediate_size or target_params"
             )
         return self
 
@@ -260,11 +267,14 @@ class Prune(StageConfig):
         """The sizes that were given, by field."""
         fields = (
             "num_layers",
+            "num_decoder_layers",
             "drop_layers",
             "hidden_size",
             "intermediate_size",
             "num_attention_heads",
             "num_key_value_heads",
+            "num_experts",
+            "moe_intermediate_size",
         )
         return {f: v for f in fields if (v := getattr(self, f)) is not None}
 

@@ -21,7 +21,8 @@ from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.models.shape import ModelShape, shape_of
 from stillroom.models.weights import tensor_entries
 from stillroom.prune import surgery
-from stillroom.prune.surgery import Cut, cut_checkpoint, cut_shape, source_shape
+from stillroom.prune.cut import Cut, cut_shape, rescales_of, tensor_cut
+from stillroom.prune.surgery import cut_checkpoint, source_shape
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 
 NUM_LAYERS, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM = 4, 64, 128, 4, 2, 16
@@ -178,7 +179,7 @@ def test_a_norm_keeps_its_output_on_the_kept_channels_when_each_token_has_the_sa
         weight = torch.randn(HIDDEN)
         name = "model.layers.0.input_layernorm.weight"
         cut = Cut(ALL_LAYERS, hidden=kept)
-        new = surgery._cut_tensor(weight, name, shape, cut, surgery._scale_factors(shape, cut, shares))
+        new = tensor_cut(name, shape, cut, rescales_of(shape, cut, shares, None, shares.__getitem__)).of_rows(weight)
         before = (offset + weight) * x / x.square().mean(-1, keepdim=True).sqrt()
         y = x[:, list(kept)]
         after = (offset + new) * y / y.square().mean(-1, keepdim=True).sqrt()

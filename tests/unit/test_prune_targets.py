@@ -38,6 +38,7 @@ SMOLLM2_135M: dict[str, Any] = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
+SMOLLM2_BIASED = SMOLLM2_135M | {"attention_bias": True}
 QWEN2_TINY: dict[str, Any] = {
     "model_type": "qwen2",
     "num_hidden_layers": 4,
@@ -115,12 +116,16 @@ def test_a_per_layer_list_of_another_length_is_refused() -> None:
             r"16 with 2 KV groups.*its 4 .*\[2, 4, 6, 8\]",
         ),
         (QWEN3_8B, {"num_key_value_heads": 9}, "num_key_value_heads 9 is above the model's 8"),
-        (SMOLLM2_135M, {"hidden_size": 512}, "hidden_size 512 with num_attention_heads 9: transformers.*504 or 522"),
+        (SMOLLM2_BIASED, {"hidden_size": 512}, "hidden_size 512 with num_attention_heads 9: transformers.*504 or 522"),
         (QWEN2_TINY, {"hidden_size": 48}, "hidden_size 48.*must stay 16; use hidden_size 64 with these heads"),
         (QWEN2_TINY, {"num_key_value_heads": 1}, "hidden_size 64 with num_attention_heads 2.*use hidden_size 32"),
         (SMOLLM2_135M, {"target_params": 10**9}, "target_params 1000000000 is above the model's 134515008"),
         (SMOLLM2_135M, {"target_params": 10**6}, "cannot be reached by shrink: depth; the least is 31852224"),
-        (SMOLLM2_135M, {"target_params": 10**8, "shrink": "width"}, "multiple_of 128 leaves nothing.*is 1152.*9 heads"),
+        (
+            SMOLLM2_BIASED,
+            {"target_params": 10**8, "shrink": "width"},
+            "multiple_of 128 leaves nothing.*is 1152.*9 heads",
+        ),
         (
             QWEN2_TINY,
             {"target_params": 10**5, "shrink": "width"},
@@ -164,6 +169,20 @@ def test_a_target_by_width_is_the_largest_in_proportion(target: int, multiple_of
         ]
         both = dataclasses.replace(wider[0], intermediate_size=wider[1].intermediate_size)
         assert both.num_params > target
+
+
+def test_a_llama_whose_heads_do_not_divide_its_width_is_written_as_the_same_mistral() -> None:
+    target = target_shape(Prune(hidden_size=512), shape(SMOLLM2_135M))
+    written = {f: target.config[f] for f in ("model_type", "architectures", "sliding_window", "head_dim")}
+    assert written == {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+        "head_dim": 64,
+    }
+    assert target.family.model_type == "mistral"
+    assert target_shape(Prune(hidden_size=522), shape(SMOLLM2_135M)).config["model_type"] == "llama"
+    assert target_shape(Prune(target_params=10**8, shrink="width"), shape(SMOLLM2_135M)).hidden_size == 384
 
 
 def test_a_target_of_the_models_own_size_is_the_model() -> None:

@@ -18,11 +18,12 @@ from stillroom.distill.data import calibration_windows
 from stillroom.errors import InputError
 from stillroom.models.load import load_model, load_tokenizer
 from stillroom.models.shape import ModelShape
+from stillroom.prune.cut import Cut
 from stillroom.prune.depth import keep_layers
 from stillroom.prune.importance.measure import measure
 from stillroom.prune.importance.names import Wanted
 from stillroom.prune.importance.scores import Importance
-from stillroom.prune.surgery import Cut, cut_checkpoint, source_shape
+from stillroom.prune.surgery import cut_checkpoint, source_shape
 from stillroom.prune.targets import target_shape
 from stillroom.prune.width import keep_heads, strongest
 from stillroom.recipe import Prune
