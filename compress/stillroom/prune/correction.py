@@ -115,7 +115,7 @@ class Correction:
         )
 
     def costs(self, shape: ModelShape, load: Load, hardware: Hardware | None) -> Costs:
-        """The roofline's costs with the speeds of decoding corrected; prefill is left as the roofline says."""
+        """The roofline's costs with the speeds of decoding corrected."""
         costs = costs_of(shape, load, hardware)
         if hardware is None or not self.fits:
             return costs

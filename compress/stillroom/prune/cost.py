@@ -7,7 +7,8 @@ computing its operations,
 
     step = sum over parts of max(bytes / bandwidth, operations / peak) + all-reduces
 
-    linear layers   every weight once a step, whatever the batch         2 operations a weight and sequence
+    linear layers   every weight once a step, whatever the batch;        2 operations a weight that a sequence uses
+                    of experts those that some sequence of it chose
     attention       keys and values of each sequence                     4 x query channels x tokens seen
     output head     once a step, in 16 bits; tied or not                 2 operations a weight and sequence
     norms, biases   read once
@@ -28,6 +29,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from stillroom.errors import InputError
+from stillroom.models.family import EXPERT, LAYER
 from stillroom.models.shape import ModelShape
 from stillroom.recipe import Target
 
@@ -84,8 +86,6 @@ class Costs:
     """Between two output tokens of a sequence."""
     throughput: float | None = None
     """Output tokens per second of all sequences together."""
-    prefill_ms: float | None = None
-    """To read a prompt as long as the context, one sequence."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,14 @@ def known_hardware() -> dict[str, Hardware]:
     return {name: Hardware.model_validate(row) for name, row in rows.items()}
 
 
-def check_load(load: Load, name: str, hardware: Hardware) -> None:
-    """Raise InputError where the hardware has no unit for the scheme, or no neighbours for tensor parallelism."""
+def check_load(load: Load, name: str, hardware: Hardware, shape: ModelShape) -> None:
+    """Raise InputError where a speed cannot be priced: the hardware has no unit for the scheme or no neighbours for
+    tensor parallelism, or the model does not decode as a stack of its own."""
+    if shape.family.task != "causal_lm":
+        raise InputError(
+            f"latency_ms and throughput price the decode steps of decoder-only models, and {shape.family.model_type} "
+            "is none; give params or memory_gb, without hardware"
+        )
     wanted = _format(load)
     if wanted not in hardware.tflops:
         able = [n for n, each in known_hardware().items() if wanted in each.tflops]
@@ -145,8 +151,8 @@ def cached_tokens(shape: ModelShape, context: int) -> float:
 
 
 def kv_gb(shape: ModelShape, load: Load) -> float:
-    """GB of keys and values of the whole batch."""
-    per_token = shape.kv_bytes_per_token(KV_BYTES[load.kv_cache])
+    """GB of keys and values of the whole batch; an encoder-decoder keeps as much again of its input."""
+    per_token = shape.kv_bytes_per_token(KV_BYTES[load.kv_cache]) * (2 if shape.family.decoder else 1)
     return per_token * cached_tokens(shape, load.context) * load.batch / GB
 
 
@@ -158,13 +164,15 @@ def memory_gb(shape: ModelShape, load: Load) -> float:
 
 def decode_parts(shape: ModelShape, load: Load) -> list[Part]:
     """The parts of one decode step on each GPU."""
-    linear, head = shape.num_linear_params, shape.vocab_size * shape.hidden_size
-    rest = shape.num_params - linear - (head if shape.tied else 2 * head)
+    experts, head = shape.num_expert_params, shape.vocab_size * shape.hidden_size
+    always = shape.num_linear_params - experts
+    read = always + experts * _chosen_share(shape, load.batch)
+    used = always + experts * (shape.num_experts_per_token / shape.num_experts if experts else 0)
+    rest = shape.params_of(lambda pattern: LAYER in pattern and EXPERT not in pattern and not shape.is_linear(pattern))
     gpus = load.tensor_parallel
     kv_shards = min(gpus, shape.num_key_value_heads)
-    linear_bytes = linear * SCHEME_BYTES[load.scheme]
     return [
-        Part("linear", linear_bytes / gpus, 2 * linear * load.batch / gpus, _format(load)),
+        Part("linear", read * SCHEME_BYTES[load.scheme] / gpus, 2 * used * load.batch / gpus, _format(load)),
         Part("attention", kv_gb(shape, load) * GB / kv_shards, _attention_operations(shape, load) / gpus, "bf16"),
         Part("head", head * FULL_BYTES / gpus, 2 * head * load.batch / gpus, "bf16"),
         Part("norms", rest * FULL_BYTES, 0, "bf16"),
@@ -189,8 +197,9 @@ def prefill_ms(shape: ModelShape, load: Load, hardware: Hardware) -> float:
     linear, attention, head, norms = decode_parts(shape, one)
     # a token sees half of the prompt on average, or a window that is soon full
     seen = min(load.context / 2, cached_tokens(shape, load.context)) / cached_tokens(shape, load.context)
+    read = linear.read_bytes * _read_share(shape, load.context)
     many = [
-        Part("linear", linear.read_bytes, linear.operations * load.context, linear.format),
+        Part("linear", read, linear.operations * load.context, linear.format),
         Part("attention", attention.read_bytes, attention.operations * load.context * seen, attention.format),
         head,
         norms,
@@ -208,13 +217,26 @@ def costs_of(shape: ModelShape, load: Load, hardware: Hardware | None = None) ->
         memory_gb=memory_gb(shape, load),
         latency_ms=step_ms,
         throughput=1e3 * load.batch / step_ms,
-        prefill_ms=prefill_ms(shape, load, hardware),
     )
 
 
 def _seconds(part: Part, hardware: Hardware) -> float:
     peak = hardware.tflops[part.format] * 1e12
     return max(part.read_bytes / (hardware.bandwidth_gb_s * GB), part.operations / peak)
+
+
+def _read_share(shape: ModelShape, tokens: int) -> float:
+    """Linear weights that so many tokens read, over what one reads."""
+    experts = shape.num_expert_params
+    always = shape.num_linear_params - experts
+    return (always + experts * _chosen_share(shape, tokens)) / (always + experts * _chosen_share(shape, 1))
+
+
+def _chosen_share(shape: ModelShape, tokens: int) -> float:
+    """Of a layer's experts, the share that at least one of so many tokens is expected to choose, at even routing."""
+    if not shape.num_experts:
+        return 0.0
+    return 1.0 - (1.0 - shape.num_experts_per_token / shape.num_experts) ** tokens
 
 
 def _attention_operations(shape: ModelShape, load: Load) -> float:

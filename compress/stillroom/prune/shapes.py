@@ -12,8 +12,8 @@ Thousands of shapes lie on that edge, and each score costs a cut, a repair and a
 A square prefers several moderate cuts to one deep one, and the weights spare what every layer reads and writes; both
 are Minitron's advice (arXiv 2407.14679, section 4; arXiv 2408.11796: width over depth, heads left alone), as is the
 limit on each axis (ModelOpt's search stops at 40% of the widths and 20% of the depth by default). The prior only
-orders: no set of cut axes takes more than a quarter of the places, and the best pure-depth and the best pure-width
-shape always have one, so the measurement can contradict it.
+orders: no set of cut axes takes more than a quarter of the places, and the best shapes that cut depth alone, widths
+alone and FFN channels alone always have one, so the measurement can contradict it.
 """
 
 from __future__ import annotations
@@ -38,10 +38,22 @@ WIDTH_STEPS = (128, 64, 32, 16)
 LEAST_STEP = {"nvfp4": 32}
 """NVFP4's blocks of 16, two to a kernel's row; the other schemes take 16."""
 ENOUGH_SIZES = 4
-AXIS_WEIGHTS = {"num_layers": 1.0, "intermediate_size": 1.0, "hidden_size": 2.0, "num_attention_heads": 2.0,
-                "num_key_value_heads": 0.0}  # fmt: skip
-"""KV groups go with their query heads, and are not counted twice."""
-AXES = tuple(AXIS_WEIGHTS)
+AXIS_WEIGHTS = {
+    "num_layers": 1.0,
+    "intermediate_size": 1.0,
+    "moe_intermediate_size": 1.0,
+    "num_experts": 1.0,
+    "hidden_size": 2.0,
+    "num_attention_heads": 2.0,
+    "num_key_value_heads": 0.0,
+}
+"""KV groups go with their query heads, and are not counted twice. Of an encoder-decoder the encoder's layers count; the
+decoder keeps its own."""
+EXPERT_PARTS = 8
+"""Experts are kept in eighths of what there are."""
+
+FfnField = Literal["intermediate_size", "moe_intermediate_size"]
+WidthField = FfnField | Literal["hidden_size"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,11 @@ class Pricing:
     def costs(self, shape: ModelShape) -> Costs:
         return self.correction.costs(shape, self.load, self.hardware)
 
+    def fits(self, shape: ModelShape) -> bool:
+        """Whether a shape meets every target; parameters are asked first, being the cheapest to count."""
+        most = self.target.params
+        return (most is None or shape.num_params <= most) and not self.missed(self.costs(shape))
+
     def missed(self, costs: Costs) -> dict[str, float]:
         """The targets that these costs miss, with what they reach instead; `gpu_memory` where the GPU is too small."""
         reached = {"params": costs.params, "memory_gb": costs.memory_gb, "latency_ms": costs.latency_ms,
@@ -83,10 +100,10 @@ class Pricing:
         return missed
 
 
-def price_target(target: Target, hardware: Hardware | None) -> Pricing:
-    """How shapes are priced for a target; `hardware` is the figures of `target.hardware`.
+def price_target(target: Target, dense: ModelShape, hardware: Hardware | None) -> Pricing:
+    """How shapes of a model are priced for a target; `hardware` is the figures of `target.hardware`.
 
-    Raises InputError where the hardware cannot compute the scheme, or the measured table is not of it.
+    Raises InputError where speeds cannot be priced (cost.check_load), or the measured table is not of that hardware.
     """
     load = load_of(target)
     table = None if target.measured is None else load_table(target.measured)
@@ -94,7 +111,7 @@ def price_target(target: Target, hardware: Hardware | None) -> Pricing:
         return Pricing(target, load, None, Correction())
     if table is not None and table.figures is not None:
         hardware = table.figures
-    check_load(load, target.hardware, hardware)
+    check_load(load, target.hardware, hardware, dense)
     correction = Correction() if table is None else fit_table(table, load, target.hardware, hardware)
     return Pricing(target, load, hardware, correction)
 
@@ -102,8 +119,8 @@ def price_target(target: Target, hardware: Hardware | None) -> Pricing:
 def candidates(dense: ModelShape, pricing: Pricing) -> list[Candidate]:
     """The shapes to score, at most `target.candidates`, in the order in which they are worth scoring.
 
-    The best pure-depth and the best pure-width shape come first where there are such. The same inputs give the same
-    list. Raises InputError where the dense model already meets the target, or no allowed shape does: it names the
+    The best pure-depth and the best pure-width shape come first, where any of that kind fits. The same inputs give the
+    same list. Raises InputError where the dense model already meets the target, or no allowed shape does: it names the
     nearest values that can be reached.
     """
     _check_dense(dense, pricing)
@@ -116,22 +133,27 @@ def candidates(dense: ModelShape, pricing: Pricing) -> list[Candidate]:
 
 
 def sizes_of(shape: ModelShape) -> dict[str, int]:
-    """The sizes that the search changes."""
-    return {axis: getattr(shape, axis) for axis in AXES}
+    """The sizes that the search changes, those that the family has."""
+    return {axis: size for axis in AXIS_WEIGHTS if (size := getattr(shape, axis))}
 
 
 def cut_of(dense: ModelShape, shape: ModelShape) -> Cut:
     """Which kind of sizes are smaller."""
-    widths = any(getattr(shape, axis) < getattr(dense, axis) for axis in AXES[1:])
-    if shape.num_layers < dense.num_layers:
-        return "both" if widths else "depth"
+    axes = cut_axes(dense, shape)
+    if "num_layers" in axes:
+        return "depth" if len(axes) == 1 else "both"
     return "width"
+
+
+def cut_axes(dense: ModelShape, shape: ModelShape) -> tuple[str, ...]:
+    """Which sizes are smaller."""
+    return tuple(axis for axis, size in sizes_of(shape).items() if size < getattr(dense, axis))
 
 
 def prior_of(dense: ModelShape, shape: ModelShape) -> float:
     """How deep the cuts are; 0 for the dense shape."""
     return sum(
-        weight * math.log(getattr(shape, axis) / getattr(dense, axis)) ** 2 for axis, weight in AXIS_WEIGHTS.items()
+        AXIS_WEIGHTS[axis] * math.log(size / getattr(dense, axis)) ** 2 for axis, size in sizes_of(shape).items()
     )
 
 
@@ -141,8 +163,12 @@ class _Grid:
 
     layers: tuple[int, ...]
     ffn: tuple[int, ...]
+    ffn_field: FfnField
     narrow: tuple[ModelShape, ...]
-    """The dense shape with every allowed combination of hidden size, heads and KV groups."""
+    """The dense shape with every allowed combination of hidden size, heads, KV groups and experts."""
+
+    def shape(self, start: ModelShape, num_layers: int, ffn: int) -> ModelShape:
+        return _with(dataclasses.replace(start, num_layers=num_layers), self.ffn_field, ffn)
 
 
 def _grid(dense: ModelShape, pricing: Pricing) -> _Grid:
@@ -153,7 +179,7 @@ def _grid(dense: ModelShape, pricing: Pricing) -> _Grid:
     if target.multiple_of is not None:
         steps = [target.multiple_of]
 
-    def sizes(field: Literal["hidden_size", "intermediate_size"], starts: Sequence[ModelShape]) -> tuple[int, ...]:
+    def sizes(field: WidthField, starts: Sequence[ModelShape]) -> tuple[int, ...]:
         """Multiples at the largest step that leaves enough of them, or else at the smallest."""
         own = getattr(dense, field)
         smaller: list[int] = []
@@ -169,10 +195,12 @@ def _grid(dense: ModelShape, pricing: Pricing) -> _Grid:
         wanted
         for hidden in sizes("hidden_size", heads)
         for start in heads
-        if _can_be(dense, wanted := _with(start, "hidden_size", hidden))
+        for experts in _expert_choices(dense, target)
+        if _can_be(dense, wanted := dataclasses.replace(start, hidden_size=hidden, num_experts=experts))
     ]
+    ffn_field: FfnField = "moe_intermediate_size" if dense.num_experts else "intermediate_size"
     layers = tuple(range(max(1, least(dense.num_layers)), dense.num_layers + 1))
-    return _Grid(layers, sizes("intermediate_size", [dense]), tuple(narrow))
+    return _Grid(layers, sizes(ffn_field, [dense]), ffn_field, tuple(narrow))
 
 
 def _head_choices(dense: ModelShape, target: Target) -> list[ModelShape]:
@@ -198,14 +226,23 @@ def _head_choices(dense: ModelShape, target: Target) -> list[ModelShape]:
     return shapes
 
 
+def _expert_choices(dense: ModelShape, target: Target) -> list[int]:
+    """Numbers of experts to keep, not fewer than a token is sent to; a single 0 where there are none."""
+    least = max(_least(target.max_cut)(dense.num_experts), dense.num_experts_per_token)
+    eighths = {dense.num_experts * part // EXPERT_PARTS for part in range(1, EXPERT_PARTS + 1)}
+    return sorted(n for n in eighths if n >= least and n % target.tensor_parallel == 0) or [dense.num_experts]
+
+
 def _least(max_cut: float) -> Callable[[int], int]:
     """The smallest size that an axis may be cut to; the tiny term keeps 0.5 x 36 at 18."""
     return lambda size: math.ceil((1 - max_cut) * size - 1e-9)
 
 
-def _with(shape: ModelShape, field: Literal["hidden_size", "intermediate_size"], size: int) -> ModelShape:
+def _with(shape: ModelShape, field: WidthField, size: int) -> ModelShape:
     if field == "hidden_size":
         return dataclasses.replace(shape, hidden_size=size)
+    if field == "moe_intermediate_size":
+        return dataclasses.replace(shape, moe_intermediate_size=size)
     return dataclasses.replace(shape, intermediate_size=size)
 
 
@@ -225,8 +262,8 @@ def _edge(dense: ModelShape, grid: _Grid, pricing: Pricing) -> list[ModelShape]:
         step = len(grid.ffn) - 1
         for layers in grid.layers:  # with more layers the FFN only gets narrower, so the staircase is walked once
             while step >= 0:
-                shape = dataclasses.replace(start, num_layers=layers, intermediate_size=grid.ffn[step])
-                if not pricing.missed(pricing.costs(shape)):
+                shape = grid.shape(start, layers, grid.ffn[step])
+                if pricing.fits(shape):
                     edge.append(shape)
                     break
                 step -= 1
@@ -253,21 +290,24 @@ def _order(candidate: Candidate) -> tuple[float, ...]:
 
 
 def _choose(dense: ModelShape, found: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The first pure-depth and pure-width one, then by the prior with at most a quarter for each set of cut axes."""
-    chosen = [c for kind in ("depth", "width") for c in [c for c in found if c.cut == kind][:1]][:count]
-    taken = Counter(_cut_axes(dense, c.shape) for c in chosen)
+    """The best that cut depth alone, widths alone and FFN channels alone, then by the prior with at most a quarter of
+    the places for each set of cut axes."""
+    alone: list[Callable[[Candidate], bool]] = [
+        lambda c: c.cut == "depth",
+        lambda c: c.cut == "width",
+        lambda c: cut_axes(dense, c.shape) in (("intermediate_size",), ("moe_intermediate_size",)),
+    ]
+    first = [next((c for c in found if is_alone(c)), None) for is_alone in alone]
+    chosen = [c for i, c in enumerate(first) if c is not None and c not in first[:i]][:count]
+    taken = Counter(cut_axes(dense, c.shape) for c in chosen)
     share = max(2, count // 4)
     rest = [c for c in found if c not in chosen]
     crowded: list[Candidate] = []
     for candidate in rest:
-        axes = _cut_axes(dense, candidate.shape)
+        axes = cut_axes(dense, candidate.shape)
         (chosen if taken[axes] < share else crowded).append(candidate)
         taken[axes] += 1
     return (chosen + crowded)[:count]
-
-
-def _cut_axes(dense: ModelShape, shape: ModelShape) -> tuple[str, ...]:
-    return tuple(axis for axis in AXES if getattr(shape, axis) < getattr(dense, axis))
 
 
 def _check_dense(dense: ModelShape, pricing: Pricing) -> None:
@@ -283,10 +323,7 @@ def _check_dense(dense: ModelShape, pricing: Pricing) -> None:
 
 def _raise_unreachable(dense: ModelShape, grid: _Grid, pricing: Pricing) -> None:
     """Name the nearest values: every cost falls with every size, so they are those of the smallest shapes."""
-    smallest = [
-        pricing.costs(dataclasses.replace(start, num_layers=grid.layers[0], intermediate_size=grid.ffn[0]))
-        for start in grid.narrow
-    ]
+    smallest = [pricing.costs(grid.shape(start, grid.layers[0], grid.ffn[0])) for start in grid.narrow]
     nearest = Costs(
         params=min(c.params for c in smallest),
         memory_gb=min(c.memory_gb for c in smallest),
