@@ -27,11 +27,11 @@ class BlockInfluence:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before_BTD, after_BTD = input_of(args, kwargs), output_of(output)
         cosine_BT = torch.cosine_similarity(before_BTD.float(), after_BTD.float(), dim=-1)
-        self.total = self.total + (1 - cosine_BT.double()).sum().cpu()
+        self.total = self.total.to(cosine_BT.device) + (1 - cosine_BT.double()).sum()
         self.num_tokens += cosine_BT.numel()
 
     def result(self) -> Tensor:
-        return self.total / self.num_tokens
+        return self.total.cpu() / self.num_tokens
 
 
 def observers(layers: Sequence[str]) -> Observers:

@@ -11,7 +11,7 @@ no module inside to watch. What the module was called with is put through its we
 the sum is compared with what the module gave: experts of a kind not known here are refused, not scored wrong. That
 computes the experts twice.
 
-    # N tokens, K experts a token, E experts, C channels of an expert, D hidden
+    # N tokens, n those of one expert, K experts a token, E experts, C channels of an expert, D hidden
 """
 
 from __future__ import annotations
@@ -46,18 +46,19 @@ class Experts:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         states_ND, chosen_NK, gates_NK = (tensor.detach() for tensor in (*args, *kwargs.values()))
-        total_ND = torch.zeros_like(states_ND, dtype=torch.float32)
-        for expert, tokens, inner, given in _by_expert(module, states_ND, chosen_NK):
-            gates = gates_NK[tokens, (chosen_NK[tokens] == expert).int().argmax(-1)].float()[:, None]
-            weighted = given.float() * gates
-            total_ND.index_add_(0, tokens, weighted)
-            self.num_tokens_E[expert] += len(tokens)
-            self.norms_E[expert] += weighted.norm(dim=-1).sum(dtype=torch.float64).cpu()
-            self.absolutes_EC[expert] += inner.float().abs().sum(0, dtype=torch.float64).cpu()
-            self.squares_EC[expert] += inner.float().square().sum(0, dtype=torch.float64).cpu()
-        self._check_sum(total_ND, output_of(output))
         if self.weight_norms_EC is None:
-            self.weight_norms_EC = torch.stack([w.norm(dim=0) for w in _down(module).float()]).double().cpu()
+            self.weight_norms_EC = torch.stack([w.float().norm(dim=0) for w in _down(module)]).double().cpu()
+            self._move_to(states_ND.device)
+        total_ND = torch.zeros_like(states_ND, dtype=torch.float32)
+        for expert, choices, tokens in _routed(chosen_NK, len(self.num_tokens_E)):
+            inner_nC, given_nD = _through(module, expert, states_ND[tokens])
+            weighted_nD = given_nD.float() * gates_NK.flatten()[choices, None].float()
+            total_ND.index_add_(0, tokens, weighted_nD)
+            self.num_tokens_E[expert] += len(tokens)
+            self.norms_E[expert] += weighted_nD.norm(dim=-1).sum(dtype=torch.float64)
+            self.absolutes_EC[expert] += inner_nC.float().abs().sum(0, dtype=torch.float64)
+            self.squares_EC[expert] += inner_nC.float().square().sum(0, dtype=torch.float64)
+        self._check_sum(total_ND, output_of(output))
 
     def result(self) -> Tensor:
         assert self.weight_norms_EC is not None
@@ -65,7 +66,13 @@ class Experts:
         mean_abs_EC = self.absolutes_EC / tokens_E1
         l2_EC = (self.squares_EC / tokens_E1).sqrt()
         score_E1 = self.norms_E[:, None] / tokens_E1
-        return torch.cat([score_E1, mean_abs_EC, l2_EC, mean_abs_EC * self.weight_norms_EC], dim=1)
+        contribution_EC = mean_abs_EC.cpu() * self.weight_norms_EC
+        return torch.cat([score_E1.cpu(), mean_abs_EC.cpu(), l2_EC.cpu(), contribution_EC], dim=1)
+
+    def _move_to(self, device: torch.device) -> None:
+        """Add up where the model is, so that nothing waits for it at every expert."""
+        for name in ("num_tokens_E", "norms_E", "absolutes_EC", "squares_EC"):
+            setattr(self, name, getattr(self, name).to(device))
 
     @staticmethod
     def _check_sum(total_ND: Tensor, given_ND: Tensor) -> None:
@@ -80,14 +87,21 @@ class Experts:
             )
 
 
-def _by_expert(module: nn.Module, states_ND: Tensor, chosen_NK: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """For each expert that tokens reach: it, their indices (n), the channels (n, C), and what it gives (n, D)."""
+def _routed(chosen_NK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each expert that tokens reach: it, which of all the choices are of it, and the tokens that made them."""
+    choices = chosen_NK.flatten()
+    counts = torch.bincount(choices, minlength=num_experts).tolist()
+    for expert, own in enumerate(torch.split(choices.argsort(stable=True), counts)):
+        if len(own):
+            yield expert, own, own // chosen_NK.shape[1]
+
+
+def _through(module: nn.Module, expert: int, states_nD: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels of one expert and what it gives, (n, C) and (n, D)."""
     experts: Any = module
-    for expert in torch.unique(chosen_NK).tolist():
-        tokens = (chosen_NK == expert).any(-1).nonzero()[:, 0]
-        gate, up = nn.functional.linear(states_ND[tokens], experts.gate_up_proj[expert].detach()).chunk(2, dim=-1)
-        inner = experts.act_fn(gate) * up
-        yield expert, tokens, inner, nn.functional.linear(inner, _down(module)[expert])
+    gate_nC, up_nC = nn.functional.linear(states_nD, experts.gate_up_proj[expert].detach()).chunk(2, dim=-1)
+    inner_nC = experts.act_fn(gate_nC) * up_nC
+    return inner_nC, nn.functional.linear(inner_nC, _down(module)[expert])
 
 
 def _down(module: nn.Module) -> Tensor:
@@ -101,8 +115,6 @@ def observers(shape: ModelShape, points: Points, wanted: frozenset[Wanted]) -> O
     """Observers of the layers' experts, where they or their channels are wanted."""
     if not wanted & {"experts", "expert_ffn"}:
         return {}
-    assert shape.num_experts is not None
-    assert shape.moe_intermediate_size is not None
     return {
         (METRIC, "experts", module): Experts(shape.num_experts, shape.moe_intermediate_size)
         for module in points.experts

@@ -47,7 +47,8 @@ def summed_loss(model: PreTrainedModel, family: Family, window_T: Tensor, seed: 
         given = torch.where(corrupted, noise, window_T)
         logits_TV = model(**_arguments(model, family, given[None])).logits[0, corrupted]
         labels = window_T[corrupted]
-    return nn.functional.cross_entropy(logits_TV.float(), labels, reduction="sum"), len(labels)
+    precise_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return nn.functional.cross_entropy(precise_TV, labels, reduction="sum"), len(labels)
 
 
 def _arguments(model: PreTrainedModel, family: Family, batch_BT: Tensor) -> dict[str, Any]:

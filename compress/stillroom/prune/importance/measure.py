@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from stillroom.models.shape import ModelShape
 from stillroom.prune.importance import forward, norm_shares, taylor
 from stillroom.prune.importance.magnitude import Magnitudes, magnitudes, reader_of
-from stillroom.prune.importance.methods import DEPTH_METHODS, WIDTH_METHODS, Depth, Evidence, Width
+from stillroom.prune.importance.methods import DEPTH_METHODS, WIDTH_METHODS, Evidence
 from stillroom.prune.importance.names import DepthMethod, Wanted, WidthMethod, check_method
 from stillroom.prune.importance.observers import Observers, Results, observed, results_of
 from stillroom.prune.importance.points import Points, points_of
@@ -74,22 +74,21 @@ def measure_each(
 ) -> dict[WidthMethod, Importance]:
     """`measure` by several width methods for comparing them; the passes are shared."""
     observers = observers_for(shape, wanted, width=width, depth=depth)
-    methods = _methods(wanted, width, depth)
-    gradients = any(method.gradients for method in methods)
-    total = len(windows_NT) * (bool(observers) + gradients)
+    sloped = _sloped(wanted, width, depth)
+    total = len(windows_NT) * (bool(observers) + bool(sloped))
     results = _observe(model, shape, windows_NT, observers, batch_size, lambda done: progress(done, total))
     gates: taylor.Gates = {}
-    if gradients:
+    if sloped:
         before = total - len(windows_NT)
         gates = taylor.gate_gradients(
             model,
             shape,
             windows_NT,
-            wanted=wanted,
+            wanted=sloped,
             seed=seed,
             progress=lambda done: progress(before + done, total),
         )
-    weights = magnitudes(shape, reader_of(model)) if any(method.weights for method in methods) else None
+    weights = magnitudes(shape, reader_of(model)) if _weighed(wanted, width, depth) else None
     return {
         method: gather(shape, wanted, results, method, depth, num_windows=len(windows_NT),
                        num_tokens=windows_NT.numel(), gates=gates, weights=weights, seed=seed)
@@ -150,12 +149,18 @@ def gather(
     )
 
 
-def _methods(
-    wanted: frozenset[Wanted], width: Sequence[WidthMethod], depth: Sequence[DepthMethod]
-) -> list[Width | Depth]:
-    """The methods that have anything to score."""
-    methods: list[Width | Depth] = [DEPTH_METHODS[method] for method in depth if "layers" in wanted]
-    return methods + [WIDTH_METHODS[method] for method in width if wanted - {"layers"}]
+def _sloped(wanted: frozenset[Wanted], width: Sequence[WidthMethod], depth: Sequence[DepthMethod]) -> frozenset[Wanted]:
+    """What gradients are needed for."""
+    of_layers = any(DEPTH_METHODS[method].gradients for method in depth)
+    of_width = any(WIDTH_METHODS[method].gradients for method in width)
+    return frozenset(what for what in wanted if (of_layers if what == "layers" else of_width))
+
+
+def _weighed(wanted: frozenset[Wanted], width: Sequence[WidthMethod], depth: Sequence[DepthMethod]) -> bool:
+    """Whether weights are needed for anything."""
+    of_layers = any(DEPTH_METHODS[method].weights for method in depth)
+    of_width = any(WIDTH_METHODS[method].weights for method in width)
+    return any(of_layers if what == "layers" else of_width for what in wanted)
 
 
 def _observe(
