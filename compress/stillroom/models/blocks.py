@@ -21,6 +21,9 @@ from transformers import PreTrainedModel
 
 from stillroom.models.family import Family
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with after the hidden states."""
+
 
 class Blocks:
     """The parts of a decoder; running all of them gives what the model itself gives, bit for bit."""
@@ -31,12 +34,12 @@ class Blocks:
         assert isinstance(layers, nn.ModuleList)
         self.layers: list[nn.Module] = list(layers)
         self.final_norm: nn.Module = model.get_submodule(family.final_norm) if family.final_norm else nn.Identity()
-        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     @torch.no_grad()
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The hidden states that the first layer takes, (B, T, D)."""
-        recorded: list[tuple[Tensor, dict[str, Any]]] = []
+        recorded: list[tuple[Tensor, Arguments]] = []
         with self._recording(recorded):
             self.model.base_model(input_ids=ids_BT.to(self.model.device), use_cache=False)
         self._arguments[ids_BT.shape[0], ids_BT.shape[1]] = [arguments for _, arguments in recorded]
@@ -44,8 +47,8 @@ class Blocks:
 
     def layer(self, index: int, hidden_BTD: Tensor) -> Tensor:
         """The output of one layer; `embed` must have seen a batch of this size."""
-        arguments = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
-        output: Tensor = self.layers[index](hidden_BTD, **arguments)
+        args, kwargs = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
+        output: Tensor = self.layers[index](hidden_BTD, *args, **kwargs)
         return output
 
     def run(self, hidden_BTD: Tensor, layers: Iterable[int]) -> Tensor:
@@ -60,12 +63,11 @@ class Blocks:
         return output
 
     @contextmanager
-    def _recording(self, recorded: list[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
+    def _recording(self, recorded: list[tuple[Tensor, Arguments]]) -> Iterator[None]:
         """While open, each layer notes its arguments and passes the hidden states on."""
 
         def passing(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            assert not args, "layers are called with keywords"
-            recorded.append((hidden_BTD, kwargs))
+            recorded.append((hidden_BTD, (args, kwargs)))
             return hidden_BTD
 
         for layer in self.layers:
