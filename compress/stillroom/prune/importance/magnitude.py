@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from stillroom.errors import InputError
-from stillroom.models.family import Axis, axis_parts
+from stillroom.models.family import Axis, Family, axis_parts
 from stillroom.models.shape import ModelShape, Place
+from stillroom.models.tensors import read_tensor
+from stillroom.models.weights import family_entries
 from stillroom.prune.importance.scores import WidthScores
 
 Read = Callable[[str], Tensor]
@@ -111,3 +114,9 @@ def reader_of(model: PreTrainedModel) -> Read:
     """The tensors of a model in memory under the names of its checkpoint."""
     tensors = revert_weight_conversion(model, model.state_dict())
     return lambda name: tensors[name]
+
+
+def reader_of_files(model_dir: Path, family: Family) -> Read:
+    """The tensors of a checkpoint directory, one in memory at a time."""
+    entries = family_entries(model_dir, family)
+    return lambda name: read_tensor(entries[name])

@@ -4,8 +4,8 @@ Whoever asks names what there is to choose among (`wanted`), the width methods a
 are put on the model together; Taylor's gradients need a pass of their own, weight magnitudes none. Hidden cuts, and
 cuts of heads under norms over all heads, also need what these norms' inputs are made of, which is always measured.
 
-A model that does not fit in memory is measured by the parts: `observers_for`, `observed` around whatever runs modules
-of those names over the text, and `gather`.
+A model that does not fit in memory is measured by the same parts (from_disk.py): `observers_for`, `observed` around
+whatever runs modules of those names over the text, and `gather`.
 
     # N windows, T tokens
 """
@@ -74,7 +74,7 @@ def measure_each(
 ) -> dict[WidthMethod, Importance]:
     """`measure` by several width methods for comparing them; the passes are shared."""
     observers = observers_for(shape, wanted, width=width, depth=depth)
-    sloped = _sloped(wanted, width, depth)
+    sloped = needs_gradients(wanted, width, depth)
     total = len(windows_NT) * (bool(observers) + bool(sloped))
     results = _observe(model, shape, windows_NT, observers, batch_size, lambda done: progress(done, total))
     gates: taylor.Gates = {}
@@ -88,7 +88,7 @@ def measure_each(
             seed=seed,
             progress=lambda done: progress(before + done, total),
         )
-    weights = magnitudes(shape, reader_of(model)) if _weighed(wanted, width, depth) else None
+    weights = magnitudes(shape, reader_of(model)) if needs_weights(wanted, width, depth) else None
     return {
         method: gather(shape, wanted, results, method, depth, num_windows=len(windows_NT),
                        num_tokens=windows_NT.numel(), gates=gates, weights=weights, seed=seed)
@@ -149,14 +149,16 @@ def gather(
     )
 
 
-def _sloped(wanted: frozenset[Wanted], width: Sequence[WidthMethod], depth: Sequence[DepthMethod]) -> frozenset[Wanted]:
+def needs_gradients(
+    wanted: frozenset[Wanted], width: Sequence[WidthMethod], depth: Sequence[DepthMethod]
+) -> frozenset[Wanted]:
     """What gradients are needed for."""
     of_layers = any(DEPTH_METHODS[method].gradients for method in depth)
     of_width = any(WIDTH_METHODS[method].gradients for method in width)
     return frozenset(what for what in wanted if (of_layers if what == "layers" else of_width))
 
 
-def _weighed(wanted: frozenset[Wanted], width: Sequence[WidthMethod], depth: Sequence[DepthMethod]) -> bool:
+def needs_weights(wanted: frozenset[Wanted], width: Sequence[WidthMethod], depth: Sequence[DepthMethod]) -> bool:
     """Whether weights are needed for anything."""
     of_layers = any(DEPTH_METHODS[method].weights for method in depth)
     of_width = any(WIDTH_METHODS[method].weights for method in width)
