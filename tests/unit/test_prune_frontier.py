@@ -38,7 +38,7 @@ def run(
     folder: Path, score: Scorer, rerank: Scorer | None = None, *, key: str = "k", num_reranked: int = 3
 ) -> Frontier:
     return search(
-        FOUND, costs_of(DENSE, Load()), score, rerank,
+        FOUND, DENSE, costs_of(DENSE, Load()), score, rerank,
         cache_dir=folder / "scores", key=key, target=TARGET.given(), num_reranked=num_reranked,
     )  # fmt: skip
 
@@ -114,6 +114,7 @@ def test_the_frontier_is_one_document_with_every_candidate(tmp_path: Path) -> No
     assert read_frontier(tmp_path) == frontier
     assert frontier.cost_axis == "params"
     assert frontier.dense["params"] == DENSE.num_params
+    assert frontier.dense_sizes == sizes_of(DENSE)
 
 
 def test_progress_counts_both_passes(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_progress_counts_both_passes(tmp_path: Path) -> None:
         heard.append((done, total))
 
     search(
-        FOUND, costs_of(DENSE, Load()), Counting(), Counting(),
+        FOUND, DENSE, costs_of(DENSE, Load()), Counting(), Counting(),
         cache_dir=tmp_path, key="k", target=TARGET.given(), num_reranked=2, progress=hear,
     )  # fmt: skip
     total = len(FOUND) + 2

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.verdict.plots import Look, Point, frontier, scatter, ticks
+from stillroom.verdict.plots import Look, Point, Tried, frontier, scatter, searched, ticks
 
 positive = st.floats(1e-3, 1e6)
 
@@ -60,3 +60,30 @@ def test_names_of_close_points_do_not_cover_each_other() -> None:
     ]
     assert len(boxes) == len(points)
     assert overlaps == []
+
+
+def search_of(costs: list[float]) -> list[Tried]:
+    kinds = ("depth", "width", "both", "both")
+    return [
+        Tried(f"shape {i}", cost, 1.0 + i, kinds[i % 4], named=i < 2, reranked=i < 3, winner=i == 1)  # type: ignore[arg-type]
+        for i, cost in enumerate(costs)
+    ]
+
+
+def test_every_tried_shape_is_drawn_by_what_was_cut_and_the_winner_is_filled() -> None:
+    tried = search_of([90.0, 95.0, 99.0, 97.0])
+    svg = searched(tried, plot_id="s", x_label="parameters", cheaper_is_less=True, title="t")
+    root = ElementTree.fromstring(svg)
+    marks = [e for e in root.iter() if (e.get("class") or "").startswith("mark")]
+    assert sorted(e.tag for e in marks) == ["circle", "circle", "polygon", "rect"]
+    assert [e.tag for e in marks if "final" in (e.get("class") or "")] == ["polygon"]
+    assert sum(e.get("class") == "dot" for e in root.iter("circle")) == 2  # the winner was ranked again too
+    assert [e.text for e in root.iter("text") if (e.text or "").startswith("shape")] == ["shape 0", "shape 1"]
+    assert "Winner: shape 1" in svg
+
+
+@pytest.mark.parametrize("costs", [[5.0], [5.0, 5.0, 5.0], [0.001, 1e9]])
+def test_a_search_of_few_or_equal_costs_is_drawn(costs: list[float]) -> None:
+    svg = searched(search_of(costs), plot_id="s", x_label="ms", cheaper_is_less=False, title="t")
+    assert "nan" not in svg
+    ElementTree.fromstring(svg)

@@ -75,6 +75,7 @@ class Frontier(Frozen):
     """Hardware, batch, context and formats that the costs are for."""
     dense: dict[str, float]
     """The dense model's costs."""
+    dense_sizes: dict[str, int]
     candidates: tuple[Scored, ...]
     """In the order in which they were scored."""
 
@@ -90,7 +91,8 @@ class Frontier(Frozen):
 
 def search(
     candidates: Sequence[Candidate],
-    dense: Costs,
+    dense: ModelShape,
+    dense_costs: Costs,
     score: Scorer,
     rerank: Scorer | None,
     *,
@@ -135,8 +137,15 @@ def search(
         _scored(candidate, losses[i], seconds[i], again.get(i), winner=i == winner)
         for i, candidate in enumerate(candidates)
     ]
-    costs = {name: value for name, value in dataclasses.asdict(dense).items() if value is not None}
-    return Frontier(key=key, target=target, load=load or {}, dense=costs, candidates=tuple(scored))
+    costs = {name: value for name, value in dataclasses.asdict(dense_costs).items() if value is not None}
+    return Frontier(
+        key=key,
+        target=target,
+        load=load or {},
+        dense=costs,
+        dense_sizes=sizes_of(dense),
+        candidates=tuple(scored),
+    )
 
 
 def write_frontier(frontier: Frontier, out_dir: Path) -> Path:

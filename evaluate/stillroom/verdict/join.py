@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stillroom.artifact import Artifact, Measurement
+from stillroom.prune.frontier import Frontier, read_frontier
 from stillroom.verdict import columns
 from stillroom.verdict.config import VerdictConfig
 from stillroom.verdict.gates import GateResult, judge
@@ -62,6 +63,7 @@ def build_verdict(
         seed=seed,
         losses={v: points for v in config.variants if (points := _losses(inputs[v]))},
         influence={v: found for v in config.variants if (found := _influence(inputs[v]))},
+        frontiers={v: tried for v in config.variants if (tried := _frontier(inputs[v]))},
     )
 
 
@@ -147,6 +149,11 @@ def _influence(artifact: Artifact) -> Influence | None:
     if artifact.manifest.kind != "prune" or not details.get("block_influence"):
         return None
     return Influence(scores=tuple(details["block_influence"]), dropped=tuple(details["dropped_layers"]))
+
+
+def _frontier(artifact: Artifact) -> Frontier | None:
+    """Every shape that a prune stage tried for its target."""
+    return read_frontier(artifact.path) if artifact.manifest.kind == "prune" else None
 
 
 def _stand(final: Row, baseline: Row) -> Standing:

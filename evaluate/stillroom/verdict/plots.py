@@ -2,7 +2,8 @@
 
 Colours are classes, and PLOT_CSS gives them for light and dark, so one drawing serves the page, a file of its own and
 paper. Meaning is never in colour alone: dense is a square, a stage a circle, a baseline a diamond, and the variant that
-is judged is filled.
+is judged is filled. In the frontier of a search a square cuts depth alone, a diamond width alone, a circle both; what
+was ranked again has a dot, and the winner is filled.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,san
 .plot .error{stroke:var(--soft);stroke-width:1.5}
 .plot .mark{fill:var(--paper);stroke:var(--cool);stroke-width:2.2}
 .plot .mark.final{fill:var(--accent);stroke:var(--accent)}.plot .mark.baseline{stroke:var(--soft)}
+.plot .dot{fill:var(--cool)}
 .plot .bar{fill:var(--cool)}.plot .bar.final{fill:var(--accent)}.plot .bar.baseline{fill:var(--soft)}
 .plot .bar.dropped{fill:var(--accent)}.plot .bar.kept{fill:var(--cool);opacity:.55}
 .plot .paper{fill:var(--paper)}
@@ -55,6 +57,20 @@ class Bar:
     text: str
     """Written behind the bar."""
     look: Look
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One shape that a search tried."""
+
+    label: str
+    cost: float
+    kl: float
+    cut: Literal["depth", "width", "both"]
+    named: bool
+    """Its label is written beside it."""
+    reranked: bool = False
+    winner: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,32 @@ def scatter(
     leading = ", ".join(p.label for p in best)
     hint = f"{y_label} against {x_label}, better is up and right. {desc}. On the frontier: {leading}."
     return _svg(plot_id, width, height, title, hint, body)
+
+
+def searched(tried: Sequence[Tried], *, plot_id: str, x_label: str, cheaper_is_less: bool, title: str) -> str:
+    """What every tried shape costs and loses: KL downwards, so better is up, and the line of what nothing beats."""
+    width, height, left, right, top, bottom = 760, 430, 74, 24, 34, 56
+    costs = [t.cost for t in tried]
+    spread = max(costs) - min(costs) or abs(costs[0]) * 0.1 or 1.0
+    x_ticks = ticks(min(costs) - 0.08 * spread, max(costs) + 0.08 * spread)
+    y_ticks = ticks(0, max(t.kl for t in tried) * 1.05)
+    x = _Axis(x_ticks[0], x_ticks[-1], left, width - right)
+    y = _Axis(y_ticks[0], y_ticks[-1], top, height - bottom)
+    body = _grid(x, y, x_ticks, y_ticks, x_label, "KL to dense after repair, nats/token", width=width, height=height)
+    sign = -1 if cheaper_is_less else 1
+    points = [Point(t.label, sign * t.cost, t.kl, "final" if t.winner else "stage") for t in tried]
+    best = frontier(points, higher_is_better=False)
+    if len(best) > 1:
+        line = " ".join(f"{x(sign * p.x):.1f},{y(p.y):.1f}" for p in best)
+        body.append(f'<polyline class="frontier" points="{line}"/>')
+    for t in sorted(tried, key=lambda t: (t.winner, t.reranked)):  # the winner lies on top
+        body.append(f"<g><title>{escape(f'{t.label}: {_short(t.kl)}')}</title>{_tried_mark(t, x(t.cost), y(t.kl))}</g>")
+    named = [(p, x(t.cost), y(t.kl)) for p, t in zip(points, tried, strict=True) if t.named]
+    others = [(x(t.cost), y(t.kl)) for t in tried if not t.named]
+    body += _labels(named, width - right, (top, height - bottom), others)
+    desc = "; ".join(f"{t.label}: {_short(t.kl)} at {_short(t.cost)}" for t in tried)
+    won = ", ".join(t.label for t in tried if t.winner)
+    return _svg(plot_id, width, height, title, f"KL against {x_label}, better is up. {desc}. Winner: {won}.", body)
 
 
 def bars(items: Sequence[Bar], *, plot_id: str, title: str) -> str:
@@ -223,9 +265,25 @@ def _mark(look: Look, x: float, y: float) -> str:
     return f'<circle class="mark {look}" cx="{x:.1f}" cy="{y:.1f}" r="{8 if look == "final" else 6.5}"/>'
 
 
-def _labels(placed: Sequence[tuple[Point, float, float]], right: float, vertical: tuple[float, float]) -> list[str]:
+def _tried_mark(tried: Tried, x: float, y: float) -> str:
+    final = " final" if tried.winner else ""
+    dot = f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' if tried.reranked and not tried.winner else ""
+    if tried.cut == "depth":
+        return f'<rect class="mark{final}" x="{x - 6:.1f}" y="{y - 6:.1f}" width="12" height="12"/>{dot}'
+    if tried.cut == "width":
+        around = f"{x:.1f},{y - 8:.1f} {x + 8:.1f},{y:.1f} {x:.1f},{y + 8:.1f} {x - 8:.1f},{y:.1f}"
+        return f'<polygon class="mark{final}" points="{around}"/>{dot}'
+    return f'<circle class="mark{final}" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>{dot}'
+
+
+def _labels(
+    placed: Sequence[tuple[Point, float, float]],
+    right: float,
+    vertical: tuple[float, float],
+    unnamed: Sequence[tuple[float, float]] = (),
+) -> list[str]:
     """Names beside their points, each at the first of eight places where it covers no point and no other name."""
-    taken = [(x - 9, y - 9, x + 9, y + 9) for _, x, y in placed]
+    taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in (*((x, y) for _, x, y in placed), *unnamed)]
     parts = []
     for p, x, y in placed:
         wide = LETTER * len(_clip(p.label, 40))

@@ -14,12 +14,28 @@ from html import escape
 from pathlib import Path
 
 from stillroom.artifact import Measurement, write_atomically
+from stillroom.prune.frontier import Frontier, Scored
 from stillroom.verdict import columns, plots
-from stillroom.verdict.plots import Bar, Look, Point
+from stillroom.verdict.plots import Bar, Look, Point, Tried
 from stillroom.verdict.table import all_notes
 from stillroom.verdict.verdict import Row, Verdict
 
 REPORT_FILE = "report.html"
+COST_LABELS = {
+    "params": "parameters",
+    "memory_gb": "GB on each GPU",
+    "latency_ms": "milliseconds between tokens",
+    "throughput": "output tokens per second (roofline)",
+}
+SIZE_WORDS = {
+    "num_layers": "layers",
+    "hidden_size": "hidden",
+    "intermediate_size": "FFN",
+    "moe_intermediate_size": "expert FFN",
+    "num_experts": "experts",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "KV groups",
+}
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
@@ -40,6 +56,7 @@ def render_html(verdict: Verdict) -> str:
         _tradeoff(verdict, drawn),
         _baselines(verdict),
         _throughput(verdict),
+        _searches(verdict, drawn),
         _plots(drawn),
         _provenance(verdict),
     )
@@ -95,6 +112,15 @@ def draw(verdict: Verdict) -> dict[str, str]:
             y_label="block influence",
             title=f"What {stage} cut, and why",
         )
+    for stage, search in verdict.frontiers.items():
+        if tried := _tried(search):
+            drawn[f"frontier-{stage}"] = plots.searched(
+                tried,
+                plot_id=f"frontier-{stage}",
+                x_label=COST_LABELS[search.cost_axis],
+                cheaper_is_less=search.cost_axis != "throughput",
+                title=f"What {stage} tried",
+            )
     return drawn
 
 
@@ -233,11 +259,80 @@ def _baselines(verdict: Verdict) -> str:
     return _section("Against the baselines", _words(("baseline", "judgement", "why"), rows))
 
 
+def _searches(verdict: Verdict, drawn: Mapping[str, str]) -> str:
+    """For each stage that searched for a target: the plot, and every shape that was tried."""
+    parts = []
+    for stage, search in verdict.frontiers.items():
+        wanted = ", ".join(
+            f"{name} {columns.number(value)} (the dense model's: {columns.number(search.dense[name])})"
+            for name, value in search.target.items()
+        )
+        caption = (
+            f"Target: {wanted}. Better is up. Square: depth alone was cut; diamond: width alone; circle: both. With a "
+            "dot: ranked again after a short distillation; filled: the winner. The dashed line joins shapes that no "
+            "other one beats."
+        )
+        svg = drawn.get(f"frontier-{stage}")
+        plot = f'<div class="wide" style="overflow-x:auto">{svg}</div>' if svg else ""
+        figure = f'<figure class="card">{plot}<figcaption>{escape(caption)}</figcaption></figure>'
+        parts.append(_section(f"What {stage} tried", figure + _folded("all shapes", _tried_table(search))))
+    return "\n".join(parts)
+
+
+def _tried_table(search: Frontier) -> str:
+    """Every candidate, the best first, with what it costs and loses."""
+    axis = search.cost_axis
+    again = any(c.reranked is not None for c in search.candidates)
+    heads = [*(SIZE_WORDS[name] for name in search.candidates[0].sizes), "parameters"]
+    heads += [] if axis == "params" else [COST_LABELS[axis]]
+    heads += ["KL, nats/token", *(["after distillation"] if again else [])]
+    body = []
+    for c in sorted(search.candidates, key=lambda c: (not c.winner, math.isnan(c.kl), c.kl)):
+        cells = [f"{size:,}" for size in c.sizes.values()] + [f"{c.params:,}"]
+        cells += [] if axis == "params" else [columns.number(getattr(c, axis))]
+        cells.append(columns.number(c.kl) if math.isfinite(c.kl) else "not finite")
+        if again:
+            cells.append("" if c.reranked is None else columns.number(c.reranked))
+        look = ' class="final"' if c.winner else ""
+        body.append(f"<tr{look}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    return _table(heads, body, "The winner first, then by KL to the dense model after cut and repair.")
+
+
+def _tried(search: Frontier) -> list[Tried]:
+    """The shapes with a finite score; the winner and the best of depth and of width alone are named."""
+    finite = [c for c in search.candidates if math.isfinite(c.kl)]
+    named = {id(c) for c in finite if c.winner}
+    for cut in ("depth", "width"):
+        named |= {id(min(alone, key=lambda c: c.kl)) for alone in [[c for c in finite if c.cut == cut]] if alone}
+    return [
+        Tried(
+            label=_shape_words(c, search),
+            cost=getattr(c, search.cost_axis),
+            kl=c.kl,
+            cut=c.cut,
+            named=id(c) in named,
+            reranked=c.reranked is not None,
+            winner=c.winner,
+        )
+        for c in finite
+    ]
+
+
+def _shape_words(scored: Scored, search: Frontier) -> str:
+    """The sizes that were cut."""
+    words = {
+        name: f"{size:,} {SIZE_WORDS[name]}" if name == "num_layers" else f"{SIZE_WORDS[name]} {size:,}"
+        for name, size in scored.sizes.items()
+        if size < search.dense_sizes[name]
+    }
+    return ", ".join(words.values())
+
+
 def _plots(drawn: Mapping[str, str]) -> str:
     titles = {"weights": "Bytes of weights"}
     figures = []
     for name, svg in drawn.items():
-        if name == "quality-throughput":
+        if name == "quality-throughput" or name.startswith("frontier-"):
             continue
         what, _, stage = name.partition("-")
         title = titles.get(name) or {"loss": f"Loss of {stage}", "influence": f"Layers cut by {stage}"}[what]

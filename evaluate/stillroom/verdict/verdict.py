@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stillroom.artifact import Measurement
 from stillroom.errors import InputError
+from stillroom.prune.frontier import Frontier
 from stillroom.verdict.gates import GateResult
 
 VERDICT_FILE = "verdict.json"
@@ -99,6 +100,8 @@ class Verdict(Frozen):
     """By distill stage."""
     influence: dict[str, Influence] = {}
     """By prune stage."""
+    frontiers: dict[str, Frontier] = {}
+    """What was tried, by prune stage that searched for a target."""
 
     def row(self, variant: str) -> Row:
         return next(row for row in self.rows if row.variant == variant)
