@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from stillroom.models.family import families
+from stillroom.models.load import AUTO_CLASSES
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+"""Decoders that every stage takes."""
+ALL_FAMILIES = (
+    *FAMILIES, "gemma2", "phi3", "olmo2", "starcoder2", "smollm3", "qwen3_moe", "gpt2", "bert", "roberta", "t5",
+)  # fmt: skip
+"""Everything that can be cut."""
 
 VOCAB_SIZE = 384
 
@@ -56,7 +64,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
-    """hidden 64, FFN 128, 4 heads in 2 KV groups of 16, 4 layers; Gemma and Qwen with their own peculiarities."""
+    """hidden 64, FFN 128, 4 heads in 2 KV groups of 16, 4 layers (T5: 2 and 3), each family with its own
+    peculiarities."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -72,11 +81,43 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     }
     if family == "llama":
         fields["tie_word_embeddings"] = True
-    if family == "gemma3_text":
+    if family in ("gemma2", "gemma3_text"):
         layer_types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(64)]
         fields |= {"sliding_window": 32, "query_pre_attn_scalar": 16}
         fields["layer_types"] = layer_types[: overrides.get("num_hidden_layers", 4)]
+    if family == "qwen3_moe":
+        fields |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    if family == "smollm3":
+        fields["no_rope_layer_interval"] = 2
+    if family in ("gpt2", "bert", "roberta", "t5"):
+        fields = _own_names(fields, OWN_NAMES.get(family, {}))
     return AutoConfig.for_model(family, **(fields | overrides))
+
+
+OWN_NAMES: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
+    "t5": {
+        "hidden_size": "d_model",
+        "intermediate_size": "d_ff",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "head_dim": "d_kv",
+    },
+}
+
+
+def _own_names(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The fields as older configs call them; those have as many key-value heads as heads, T5 two stacks."""
+    renamed = {names.get(field, field): value for field, value in fields.items() if field != "num_key_value_heads"}
+    if "d_kv" not in renamed:
+        return {field: value for field, value in renamed.items() if field != "head_dim"}
+    return renamed | {"num_layers": 2, "num_decoder_layers": 3, "decoder_start_token_id": 2}
 
 
 def tiny_model(
@@ -84,7 +125,7 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A randomly initialised model, large enough weights that its parts matter, norms and biases away from trivial."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+    model: PreTrainedModel = AUTO_CLASSES[families()[family].task].from_config(tiny_config(family, **overrides))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,12 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from stillroom.errors import InputError
+from stillroom.models.family import family_of
 from stillroom.models.shape import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+AUTO_CLASSES: dict[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,
+}
+"""What opens a model, by its family's task."""
 
 
 def pick_device() -> torch.device:
@@ -24,15 +39,16 @@ def load_model(
 ) -> PreTrainedModel:
     """The model in eval mode on `pick_device()`, in the checkpoint's dtype unless another is asked for.
 
-    Raises InputError for a quantized checkpoint: transformers opens ModelOpt's FP8 without an error and computes wrong.
-    Use `stillroom.export.dequantize.load_dequantized` for those.
+    Raises InputError for a family without a description, and for a quantized checkpoint: transformers opens ModelOpt's
+    FP8 without an error and computes wrong. Use `stillroom.export.dequantize.load_dequantized` for those.
     """
     config = read_config(model_dir)
     if "quantization_config" in config or (model_dir / "hf_quant_config.json").exists():
         raise InputError(
             f"{model_dir} is a quantized checkpoint; it must be dequantized to be opened with transformers"
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    auto_class = AUTO_CLASSES[family_of(config, str(model_dir)).task]
+    model: Any = auto_class.from_pretrained(
         model_dir,
         dtype=dtype or "auto",
         trust_remote_code=trust_remote_code,
