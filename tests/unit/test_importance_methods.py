@@ -536,3 +536,24 @@ def test_every_name_has_a_method_and_names_need_no_torch() -> None:
         "import sys, stillroom.prune.importance.names, stillroom.prune.importance.points; print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_gradients_that_overflow_name_the_module() -> None:
+    model: Any = tiny_model()
+
+    def overflow(module: Any, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.inf)  # type: ignore[no-untyped-call]
+
+    model.model.layers[1].register_forward_hook(overflow)
+    with pytest.raises(InputError, match=r"gradients at model\.layers\.0\.mlp\.down_proj are NaN or infinite"):
+        measure(model, shape_of_model(model), windows(), batch_size=2, wanted=frozenset({"ffn"}), width="taylor")
+
+
+def test_states_that_wait_for_later_layers_are_one_vector_a_window() -> None:
+    observers = angular.observers([["a", "b"]])
+    states = torch.randn(3, 50, 8)
+    observers[angular.METRIC, "output", "a"](torch.nn.Identity(), (states,), {}, states)
+    (table,) = {observer.table for observer in observers.values()}  # type: ignore[attr-defined]
+    ((waiting,),) = [queue for queue in table.waiting if queue]
+    assert waiting.untyped_storage().nbytes() == 3 * 8 * 4

@@ -37,7 +37,7 @@ class _Table:
         self.num_windows = 0
 
     def add(self, state: int, last_BD: Tensor) -> None:
-        self.waiting[state].append(last_BD.float())
+        self.waiting[state].append(last_BD.to(torch.float32, copy=True))  # a view would keep all tokens alive
         while all(self.waiting):
             self._count(torch.stack([queue.popleft() for queue in self.waiting], dim=1))
 

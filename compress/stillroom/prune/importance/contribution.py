@@ -7,6 +7,10 @@ of its own). Hidden channels: mean |activation| after the norms (`LayerNormContr
 same as `mean_abs`. In these sums of one-channel terms the parts that cancel between channels are not seen;
 `IterativeChannelContributionHook` would, with a pass for each step of its schedule, and is not used.
 
+It is no clear gain over activations alone. SmolLM2-135M-Instruct (dequantized), perplexity by Minitron's scores and by
+those times the norms of the output weights, nothing retrained: FFN 1536 -> 1152, 35.3 and 37.3; 3 -> 2 KV groups, 46.1
+and 62.5; 3 -> 2 heads in each group, 170 and 99 (4,096 tokens of mixed text, dense 21.8).
+
 The hooks add up means of batches, in which a short last batch would count too much. So they are given windows one by
 one, all of one length, and the sum is divided by their number. The hook for heads keeps its module's weights and
 holds (tokens, heads, hidden) for a window; it is made anew for each window, so that no layer is kept in memory, and

@@ -73,7 +73,7 @@ def gate_gradients(
 ) -> Gates:
     """Importances of everything in `wanted` from a forward and a backward pass of each window.
 
-    Raises InputError where the loss is NaN or infinite.
+    Raises InputError where the loss is NaN or infinite, or, naming the module, a gradient.
     """
     gates = _gates(shape, points_of(shape), wanted)
     with torch.enable_grad(), _only_activations_have_gradients(model), _gated(model, gates):
@@ -83,6 +83,12 @@ def gate_gradients(
             for gate in gates.values():
                 gate.end_window(num_tokens)
             progress(index + 1)
+    for (_, module), gate in gates.items():
+        if not gate.total.isfinite().all():
+            raise InputError(
+                f"gradients at {module} are NaN or infinite on the calibration text: they overflow the model's type; "
+                "use another method than taylor, or dtype: bfloat16"
+            )
     return {key: gate.total / len(windows_NT) for key, gate in gates.items()}
 
 
