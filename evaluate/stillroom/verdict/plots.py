@@ -27,7 +27,7 @@ font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,san
 .plot .error{stroke:var(--soft);stroke-width:1.5}
 .plot .mark{fill:var(--paper);stroke:var(--cool);stroke-width:2.2}
 .plot .mark.final{fill:var(--accent);stroke:var(--accent)}.plot .mark.baseline{stroke:var(--soft)}
-.plot .dot{fill:var(--cool)}
+.plot .dot{fill:var(--cool)}.plot .label,.plot .strong{paint-order:stroke;stroke:var(--paper);stroke-width:4px}
 .plot .bar{fill:var(--cool)}.plot .bar.final{fill:var(--accent)}.plot .bar.baseline{fill:var(--soft)}
 .plot .bar.dropped{fill:var(--accent)}.plot .bar.kept{fill:var(--cool);opacity:.55}
 .plot .paper{fill:var(--paper)}
