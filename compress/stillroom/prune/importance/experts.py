@@ -1,7 +1,7 @@
 """Which experts matter, and which channels inside them.
 
-Experts: REAP, arXiv 2510.13999, section 4: the mean, over the tokens routed to an expert, of gate value times the L2
-norm of what the expert gives; an expert that no token reaches scores zero. Channels of an expert: activation magnitudes
+Experts: REAP, arXiv 2510.13999: the mean, over the tokens routed to an expert, of gate value times the L2 norm of what
+the expert gives; an expert that no token reaches scores zero. Channels of an expert: activation magnitudes
 over the tokens routed to it, read where its down projection takes them. Minitron's L2 over windows is left out: a
 window that sends one token to an expert would count as much as one that sends hundreds, so `minitron` means `mean_abs`
 here, and `contribution` is that times the L2 norm of the down projection's weights for the channel.

@@ -1,7 +1,7 @@
 """Weight magnitude: the sum of |w| over all weights that would go with a channel, a head or a layer. No text is needed.
 
-Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710, section 3.1, for channels; the baseline `Mag` of
-Shortened LLaMA, arXiv 2402.02834, section 3.1, for layers. Which weights go with what follows from the family's axes,
+Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710, section 3, for channels; the baseline `Mag` of
+Shortened LLaMA, arXiv 2402.02834, section 3, for layers. Which weights go with what follows from the family's axes,
 so fused, transposed and biased projections need no care. Biases and norms are left out: beside the matrices they are
 few, and a norm's scale is near one whatever it scales. An expert has the weights of its channels.
 

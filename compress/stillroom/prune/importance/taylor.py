@@ -1,7 +1,7 @@
 """Taylor importance: how fast the loss changes when a channel, head or layer begins to close.
 
-Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771, section 3.1, equations 7-8, by
-gates: with a gate z = 1 on a unit's activation a, the loss without the unit is about L - dL/dz, and
+Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771, section 3, by gates:
+with a gate z = 1 on a unit's activation a, the loss without the unit is about L - dL/dz, and
 
     importance = mean over windows of (dL/dz)^2,   dL/dz = sum over the window of a * dL/da
 
