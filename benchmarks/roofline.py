@@ -198,24 +198,25 @@ def _report(records: dict[str, Any], table: MeasuredTable, hardware: Hardware) -
     for batch in sorted({p.batch for p in table.points}):
         points = {p.label: p for p in table.points if p.batch == batch}
         dense = points["dense"]
-        worst = {"roofline": 0.0, "fit": 0.0}
+        worst: dict[str, float] = {}
         for name, record in records.items():
             point = points[name]
             measured, stderr = _ratio(record["step_ms"][str(batch)])
             others = [p for p in points.values() if p is not point]
             predicted = {"roofline": _predicted(dense, point, [], hardware)}
-            predicted["fit"] = _predicted(dense, point, others, hardware) if len(others) > 1 else math.nan
+            if len(others) > 1:
+                predicted["fit"] = _predicted(dense, point, others, hardware)
             error = {way: ratio / measured - 1 for way, ratio in predicted.items()}
-            worst = {way: max(worst[way], abs(error[way])) for way in worst}
+            worst = {way: max(worst.get(way, 0.0), abs(error[way])) for way in error}
             share = point.shape.num_params / dense.shape.num_params
             print(
-                f"{name:14s} {batch:5d} {share:7.3f} {dense.step_ms:9.2f}   {measured:.3f} ± {stderr:.3f}"
-                f"{predicted['roofline']:12.3f} {error['roofline']:+7.1%} {predicted['fit']:8.3f} {error['fit']:+7.1%}"
+                f"{name:14s} {batch:5d} {share:7.3f} {dense.step_ms:9.2f}   {measured:.3f} ± {stderr:.3f} "
+                + " ".join(f"{ratio:10.3f} {error[way]:+7.1%}" for way, ratio in predicted.items())
             )
         (fit,) = fit_points(list(points.values()), hardware).fits
         roofline_ms = decode_ms(dense.shape, dense.load, hardware)
         print(
-            f"batch {batch}: largest error of the roofline {worst['roofline']:.1%}, of the fit {worst['fit']:.1%}; "
+            f"batch {batch}: largest error {', '.join(f'of the {way} {most:.1%}' for way, most in worst.items())}; "
             f"dense step {dense.step_ms:.2f} ms = {fit.scale:.3f} x {roofline_ms:.2f} (roofline) + "
             f"{fit.layer_ms:.4f} x {dense.shape.num_layers} layers + {fit.fixed_ms:.2f} ms"
         )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from stillroom.errors import InputError
+from stillroom.models.family import families
 from stillroom.models.shape import ModelShape, shape_of
 from stillroom.prune.cost import Hardware, known_hardware
 from stillroom.prune.shapes import Candidate, candidates, cut_axes, cut_of, price_target, sizes_of
@@ -110,6 +111,18 @@ def test_experts_are_an_axis_of_their_own() -> None:
     assert {"num_experts", "moe_intermediate_size"} <= {axis for c in found for axis in cut_axes(MOE, c.shape)}
     assert min(c.shape.num_experts for c in found) >= 32
     assert "intermediate_size" not in sizes_of(MOE)
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_every_family_can_be_searched(family: str) -> None:
+    from tiny import tiny_config
+
+    dense = shape_of(tiny_config(family).to_dict(), family)
+    found = find(dense, params=int(0.75 * dense.num_params))
+    assert found
+    for candidate in found:
+        check_sizes(dense, candidate.shape)
+        assert 0.3 * dense.num_params < candidate.costs.params <= 0.75 * dense.num_params
 
 
 def test_several_targets_hold_at_once() -> None:
