@@ -490,17 +490,27 @@ def test_a_block_across_two_stacks_is_never_the_closest() -> None:
     assert angular.closest_block(table, 2, range(2, 4)) == range(2, 4)
 
 
-def test_shares_follow_what_the_norm_does() -> None:
+def layer_normed(model: Any, norm: str, values: Tensor) -> Tensor:
+    """The mean of each channel after a layer norm without its scale and bias."""
+    normed = torch.nn.functional.layer_norm(values, values.shape[-1:], eps=model.get_submodule(norm).eps)
+    return normed.mean((0, 1))
+
+
+def test_shares_and_means_follow_what_the_norm_does() -> None:
     for family in ("gpt2", "olmo2"):
         model, ids = tiny_model(family, num_hidden_layers=1), windows()
         shape, points = shape_of_model(model), points_of(shape_of_model(model))
-        shares = measure(model, shape, ids, batch_size=2, wanted=frozenset({"heads", "hidden"})).norm_shares
+        scores = measure(model, shape, ids, batch_size=2, wanted=frozenset({"heads", "hidden"}))
+        shares = scores.norm_shares
         assert shares.keys() == {*points.norms, *points.head_norms}
         for norm in shares:
             values = seen(model, ids, norm)[0]
             if family == "gpt2":
                 values = values - values.mean(-1, keepdim=True)
             close(shares[norm], (values.square() / values.square().sum(-1, keepdim=True)).mean((0, 1)))
+            if family == "gpt2":
+                close(scores.norm_means[norm], layer_normed(model, norm, values))
+    assert scores.norm_means == {}
     assert "model.layers.0.self_attn.q_norm" in shares
 
 

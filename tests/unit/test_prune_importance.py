@@ -12,8 +12,8 @@ from torch import Tensor
 
 from stillroom.errors import InputError
 from stillroom.models.shape import ModelShape, shape_of
-from stillroom.prune.depth import keep_layers
 from stillroom.prune.importance.measure import measure
+from stillroom.prune.importance.methods import keep_layers
 from stillroom.prune.importance.names import Wanted
 from stillroom.prune.importance.scores import Importance
 from stillroom.prune.width import keep_heads, strongest
@@ -137,7 +137,9 @@ def test_activations_that_are_not_finite_name_the_module(wanted: Wanted, module:
 
 def test_of_equal_scores_the_lower_index_stays() -> None:
     assert strongest([1.0, 2.0, 1.0, 1.0], 3) == (0, 1, 2)
-    assert keep_layers([0.5, 0.1, 0.1, 0.9], 3) == (0, 1, 3)
+    scores = torch.tensor([0.5, 0.1, 0.1, 0.9])
+    measured = Importance(num_windows=1, num_tokens=1, layers={"block_influence": scores})
+    assert keep_layers(measured, "block_influence", 3) == (0, 1, 3)
 
 
 def test_heads_are_ranked_within_their_groups() -> None:

@@ -1,8 +1,8 @@
 """Activation magnitudes of channels: Minitron's, and its two ingredients alone.
 
 `minitron`: mean |activation| over a sequence, then the L2 norm over sequences (arXiv 2407.14679, section 2.2).
-`mean_abs` is the mean over all tokens, `l2` the root mean square over
-all tokens, in which the few tokens with massive activations weigh most.
+`mean_abs` is the mean over all tokens, `l2` the root mean square over all tokens, in which the few tokens with massive
+activations weigh most.
 
 FFN channels are read where the down projection takes them, heads where the output projection takes them (L2 over the
 channels of a head, and over the heads of a group for a KV group), hidden channels at the outputs of the norms, summed

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillroom.models.shape import ModelShape
-from stillroom.prune.importance import forward, norm_shares, taylor
+from stillroom.prune.importance import forward, norm_inputs, taylor
 from stillroom.prune.importance.magnitude import Magnitudes, magnitudes, reader_of
 from stillroom.prune.importance.methods import DEPTH_METHODS, WIDTH_METHODS, Evidence
 from stillroom.prune.importance.names import DepthMethod, Wanted, WidthMethod, check_method
@@ -112,9 +112,9 @@ def observers_for(
         check_method(width_method, wanted)
         found |= WIDTH_METHODS[width_method].observers(shape, points, wanted)
     if "hidden" in wanted:
-        found |= norm_shares.observers(points.norms, centred=shape.family.norm == "layer")
+        found |= norm_inputs.observers(points.norms, centred=shape.family.norm == "layer")
     if "heads" in wanted:
-        found |= norm_shares.observers(points.head_norms, centred=False)
+        found |= norm_inputs.observers(points.head_norms, centred=False)
     return dict(sorted(found.items(), key=lambda item: _depth_of(item[0][2], points)))
 
 
@@ -144,7 +144,8 @@ def gather(
         num_windows=num_windows,
         num_tokens=num_tokens,
         layers=layers,
-        norm_shares=norm_shares.tables(results),
+        norm_shares=norm_inputs.tables(norm_inputs.SHARES, results),
+        norm_means=norm_inputs.tables(norm_inputs.MEANS, results),
         **WIDTH_METHODS[width].scores(evidence).tables(),
     )
 

@@ -57,7 +57,20 @@ class Importance(WidthScores):
     """By each depth method asked for: (layers,), but for `angular`, which is (layers + 1, layers + 1): at [l, m] the
     angular distance, 0 to 1, between the inputs of layers l < m, and zero elsewhere."""
     norm_shares: dict[str, Tensor] = field(default_factory=dict)
-    """By norm over hidden channels, or over heads: each channel's mean share of the sum of squares of its input."""
+    """By norm over hidden channels, or over heads: each channel's mean share of the sum of squares in its divisor."""
+    norm_means: dict[str, Tensor] = field(default_factory=dict)
+    """By layer norm over hidden channels: each channel's mean after normalizing, before scale and bias."""
+
+    def together(self, other: Importance) -> Importance:
+        """The scores of both, those of `other` where both have some."""
+        return Importance(
+            num_windows=self.num_windows,
+            num_tokens=self.num_tokens,
+            layers=self.layers | other.layers,
+            norm_shares=self.norm_shares | other.norm_shares,
+            norm_means=self.norm_means | other.norm_means,
+            **(self.tables() | other.tables()),
+        )
 
     @property
     def block_influence(self) -> Tensor | None:
