@@ -1,6 +1,6 @@
 """Memory and time of cutting a sharded checkpoint, against a plain copy of what is kept.
 
-    python benchmarks/surgery.py [--cuts depth width both] [--layers 14] [--repeats 3] [--folder DIR]
+    python benchmarks/surgery.py [--cuts depth width both] [--caches cold warm] [--layers 14] [--repeats 3]
 
 Makes a bfloat16 Llama checkpoint of Llama-3.1-8B's width and 14 layers (8.2 GB) with random weights, cuts it by depth,
 by width and by both, and deletes it. Cut and copy each run in a process of their own, in turns, with no other write
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 
 GB = 1e9
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
-CUTS = ("depth", "width", "both")
+CUTS, CACHES = ("depth", "width", "both"), ("cold", "warm")
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
     if arguments.child:
         _child(arguments.child, Path(arguments.source), Path(arguments.out), arguments.cold)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes then, too
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="surgery-") as name:
         folder = Path(name)
         make_checkpoint(folder / "dense", arguments.layers)
@@ -40,13 +42,14 @@ def main() -> None:
         print("cut    cache  kept GB   cut s  copy s  ratio  peak MB  after imports MB")
         idle = _run("idle", folder / "dense", folder / "none", cold=False)[1]
         for cut in arguments.cuts:
-            for cold in (True, False):
-                _compare(cut, folder, cold, arguments.repeats, idle)
+            for cache in arguments.caches:
+                _compare(cut, folder, cache == "cold", arguments.repeats, idle)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuts", nargs="+", choices=CUTS, default=CUTS)
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
     parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", help="where there is room; default: the system's temporary folder")
@@ -131,7 +134,8 @@ def _run(what: str, source: Path, out: Path, cold: bool) -> tuple[float, int]:
 
 def _child(what: str, source: Path, out: Path, cold: bool) -> None:
     """One piece of work in this process; prints its seconds."""
-    from stillroom.prune.surgery import Cut, cut_checkpoint, source_shape
+    from stillroom.prune.cut import Cut
+    from stillroom.prune.surgery import cut_checkpoint, source_shape
 
     shape = None if what == "copy" else source_shape(source)
     began = time.perf_counter()
