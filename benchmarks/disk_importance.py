@@ -120,9 +120,16 @@ def _child(way: str, folder: Path, num_windows: int, num_tokens: int) -> None:
     elif way == "in memory":
         scores = measure(load_model(dense), shape, windows, batch_size=2, wanted=wanted)
     seconds = time.perf_counter() - began
-    tables = {} if scores is None else {**vars(scores), **scores.layers, **scores.norm_shares}
-    numbers = {name: table.tolist() for name, table in tables.items() if isinstance(table, torch.Tensor)}
-    print(json.dumps({"seconds": seconds, "scores": numbers}))
+    print(json.dumps({"seconds": seconds, "scores": [] if scores is None else _numbers(vars(scores))}))
+
+
+def _numbers(tables: dict[str, Any]) -> dict[str, Any]:
+    """Tensors, by name or one level deeper, as lists."""
+    return {
+        name: _numbers(table) if isinstance(table, dict) else table.tolist()
+        for name, table in tables.items()
+        if isinstance(table, dict) or hasattr(table, "tolist")
+    }
 
 
 if __name__ == "__main__":

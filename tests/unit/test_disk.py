@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -76,6 +77,38 @@ def test_every_module_sees_what_it_sees_in_memory(
         assert [t.dtype for t in tensors] == [t.dtype for t in from_disk[name]], name
         assert all(torch.equal(a, b) for a, b in zip(tensors, from_disk[name], strict=True)), name
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    dense = tiny_checkpoint(tmp_path / "dense", tie_word_embeddings=False)
+    present: set[tuple[str, ...]] = set()
+
+    @contextmanager
+    def watching(model: nn.Module) -> Iterator[None]:
+        def note(*_: Any) -> None:
+            there = (name for name, parameter in model.named_parameters() if not parameter.is_meta)
+            present.add(tuple(sorted({".".join(name.split(".")[:3]) for name in there})))
+
+        for layer in range(4):
+            model.get_submodule(f"model.layers.{layer}").register_forward_hook(note)
+        yield
+
+    shape = shape_of(read_config(dense), "dense")
+    layerwise_forward(dense, shape, windows(), batch_size=2, observed=watching, scratch_dir=tmp_path)
+    assert present == {(f"model.layers.{layer}",) for layer in range(4)}
+
+
+def test_a_config_without_a_dtype_means_that_of_the_weights(tmp_path: Path) -> None:
+    """As transformers has it; OpenAI's GPT-2 is such a checkpoint."""
+    dense = tiny_checkpoint(tmp_path / "dense", "gpt2")
+    config = {name: value for name, value in read_config(dense).items() if name not in ("dtype", "torch_dtype")}
+    (dense / "config.json").write_text(json.dumps(config))
+    seen: dict[str, list[Tensor]] = {}
+    shape = shape_of(config, "dense")
+    layerwise_forward(
+        dense, shape, windows(), batch_size=2, observed=lambda m: noting(m, shape, seen), scratch_dir=tmp_path
+    )
+    assert load_model(dense).dtype == seen["transformer.ln_f"][0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "llama", "qwen3_moe"])

@@ -32,8 +32,8 @@ from stillroom.errors import EnvironmentCannot
 from stillroom.machine import this_machine
 from stillroom.models.blocks import Blocks
 from stillroom.models.load import DTYPES, pick_device
-from stillroom.models.shape import ModelShape, stored_dtype
-from stillroom.models.tensors import read_tensor
+from stillroom.models.shape import ModelShape
+from stillroom.models.tensors import TORCH_DTYPES, read_tensor
 from stillroom.models.weights import TensorEntry, family_entries, tensor_entries
 
 WEIGHTS_SHARE = 0.7
@@ -155,7 +155,7 @@ class _Parts:
         self.family, self.device = shape.family, pick_device()
         self.entries = family_entries(model_dir, shape.family)
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        self.dtype = DTYPES[stored_dtype(shape.config)]
+        self.dtype = _dtype_of(shape, self.entries)
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
         for module in self.model.modules():
@@ -203,6 +203,12 @@ class _Parts:
                     if parameter is not None and not parameter.is_meta:
                         empty = torch.empty_like(parameter, device="meta")
                         module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+def _dtype_of(shape: ModelShape, entries: dict[str, TensorEntry]) -> torch.dtype:
+    """What transformers would open the checkpoint in: the config's type, else its first tensor's."""
+    named = shape.config.get("dtype") or shape.config.get("torch_dtype")
+    return DTYPES[named] if named else TORCH_DTYPES[next(iter(entries.values())).dtype]
 
 
 def _bytes_of(tensor: Tensor) -> memoryview[Any]:
