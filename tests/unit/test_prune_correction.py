@@ -109,7 +109,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path, content: str, words: str) -
 
 
 def test_the_cpu_is_measured_once_and_kept(tmp_path: Path) -> None:
-    path = tmp_path / "cpu.json"
+    path = tmp_path / "home" / "cpu.json"
     measured = kept_cpu(path)
     assert measured.bandwidth_gb_s > 0.5
     assert set(measured.tflops) == {"bf16", "int8"}

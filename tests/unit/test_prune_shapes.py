@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from stillroom.errors import InputError
 from stillroom.models.family import families
 from stillroom.models.shape import ModelShape, shape_of
+from stillroom.prune.correction import MeasuredPoint, MeasuredTable
 from stillroom.prune.cost import Hardware, known_hardware
 from stillroom.prune.shapes import Candidate, candidates, cut_axes, cut_of, price_target, sizes_of
 from stillroom.prune.targets import check_sizes
@@ -179,6 +181,19 @@ def test_a_machine_may_be_given_by_its_figures() -> None:
     target = Target(latency_ms=6, hardware="cpu", context=512)
     found = candidates(SMOL, price_target(target, SMOL, cpu))
     assert all((c.costs.latency_ms or 9) <= 6 for c in found)
+
+
+def test_speeds_measured_on_the_engine_at_hand_correct_the_roofline(tmp_path: Path) -> None:
+    quiet = Hardware(memory_gb=24, bandwidth_gb_s=35, tflops={"bf16": 0.45})
+    busy = Hardware(memory_gb=24, bandwidth_gb_s=12, tflops={"bf16": 0.2})
+    point = MeasuredPoint(label="dense", config=SMOL.config, batch=1, context=100, step_ms=16.0)
+    table = MeasuredTable(hardware="cpu", engine="vllm", figures=quiet, points=(point,))
+    (tmp_path / "table.json").write_text(table.model_dump_json(), encoding="utf-8")
+    target = Target(latency_ms=12, hardware="cpu", context=100, measured=tmp_path / "table.json")
+    pricing = price_target(target, SMOL, busy)
+    assert pricing.hardware == quiet  # the table knows the machine's speed better than a measurement beside other work
+    assert pricing.costs(SMOL).latency_ms == pytest.approx(16.0)
+    assert all((c.costs.latency_ms or 99) <= 12 for c in candidates(SMOL, pricing))
 
 
 def test_yaml_numbers_are_taken() -> None:

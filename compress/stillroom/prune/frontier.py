@@ -1,8 +1,8 @@
 """The search among candidate shapes: score each by what it loses, rank the best again after a short training, keep all.
 
 The first score is cheap (the KL to the dense model after cut and repair), and says well which shapes are bad, but not
-which of the good ones trains best: Minitron (arXiv 2407.14679, section 4.2) saw ranks change within the first steps of
-distillation. So the best few are trained for a little while and ranked again, and the winner is the best of those.
+which of the good ones trains best: Minitron (arXiv 2407.14679) ranks candidates only after some retraining. So the best
+few are trained for a little while and ranked again, and the winner is the best of those.
 
 A score may take minutes, so each is written to disk by itself, as soon as it is there, under a hash of everything that
 determines it: the caller's key (model, data, arguments), the sizes, and which of the two scores it is. A killed search

@@ -51,6 +51,7 @@ def kept_cpu(path: Path) -> Hardware:
         return Hardware.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, json.JSONDecodeError, ValidationError):
         measured = measure_cpu()
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, measured.model_dump_json() + "\n")
         return measured
 

@@ -10,10 +10,10 @@ Thousands of shapes lie on that edge, and each score costs a cut, a repair and a
     prior = sum over axes of weight * ln(kept share)^2        weight: 1 for layers and FFN, 2 for hidden and heads
 
 A square prefers several moderate cuts to one deep one, and the weights spare what every layer reads and writes; both
-are Minitron's advice (arXiv 2407.14679, section 4; arXiv 2408.11796: width over depth, heads left alone), as is the
-limit on each axis (ModelOpt's search stops at 40% of the widths and 20% of the depth by default). The prior only
-orders: no set of cut axes takes more than a quarter of the places, and the best shapes that cut depth alone, widths
-alone and FFN channels alone always have one, so the measurement can contradict it.
+are Minitron's advice (arXiv 2407.14679 and 2408.11796: width over depth, heads left alone), as is the limit on each
+axis (ModelOpt 0.47's own search stops at 40% of the widths and 20% of the depth by default). The prior only orders: no
+set of cut axes takes more than a quarter of the places, and the best shapes that cut depth alone, widths alone and FFN
+channels alone always have one, so the measurement can contradict it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class Pricing:
 
 
 def price_target(target: Target, dense: ModelShape, hardware: Hardware | None) -> Pricing:
-    """How shapes of a model are priced for a target; `hardware` is the figures of `target.hardware`.
+    """How shapes of a model are priced for a target; `hardware` is the figures of `target.hardware`, and gives way to
+    those of a measured table that has them.
 
     Raises InputError where speeds cannot be priced (cost.check_load), or the measured table is not of that hardware.
     """
