@@ -22,6 +22,7 @@ from stillroom.prune.cost import (
     known_hardware,
     kv_gb,
     memory_gb,
+    prefill_ms,
     weight_gb,
 )
 
@@ -105,6 +106,28 @@ def test_tensor_parallelism_splits_weights_and_copies_the_heads_that_are_too_few
         one = Load(batch=4, context=4096, scheme="fp8")
         expected = weight_gb(few, "fp8") / gpus + kv_gb(few, one) * copies / gpus
         assert memory_gb(few, load) == pytest.approx(expected)
+
+
+def test_a_long_prompt_is_bound_by_computing_a_short_one_by_reading() -> None:
+    linear, query, tokens = EIGHT_B.num_linear_params, 32 * 128, 8192
+    flops = 2 * linear * tokens / 1979e12 + 36 * 4 * query * tokens * (tokens / 2) / 989.5e12
+    head_s = 2 * 151936 * 4096 / 4.8e12
+    load = Load(context=tokens, scheme="fp8")
+    assert prefill_ms(EIGHT_B, load, H200) == pytest.approx(1e3 * (flops + head_s), rel=1e-3)
+    one = Load(context=1, scheme="fp8")
+    assert prefill_ms(EIGHT_B, one, H200) == pytest.approx(decode_ms(EIGHT_B, one, H200), rel=1e-3)
+
+
+def test_gpus_that_share_a_model_pay_for_their_sums() -> None:
+    """Two all-reduces a layer of batch x hidden x 2 bytes, each GPU sending 2 (n - 1) / n of them one way."""
+    alone = Load(batch=64, context=1, scheme="fp8")
+    shared = dataclasses.replace(alone, tensor_parallel=4)
+    faster = H200.model_copy(update={"interconnect_gb_s": 1e12})
+    sums_s = 2 * 36 * (2 * 3 / 4) * 64 * 4096 * 2 / 450e9
+    assert decode_ms(EIGHT_B, shared, H200) - decode_ms(EIGHT_B, shared, faster) == pytest.approx(
+        1e3 * sums_s, rel=1e-3
+    )
+    assert decode_ms(EIGHT_B, shared, faster) == pytest.approx(decode_ms(EIGHT_B, alone, H200) / 4, rel=0.01)
 
 
 def test_sliding_layers_keep_only_their_window() -> None:
