@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -624,7 +625,7 @@ def test_experts_and_their_width_are_sizes_like_others() -> None:
         ("qwen3_moe", {"intermediate_size": 64}, "nothing of that name to cut; they have .*moe_intermediate_size"),
         ("qwen3_moe", {"num_experts": 1}, "num_experts 1 is fewer than the 2 that each token is sent to; give 2 to 4"),
         ("qwen3_moe", {"moe_intermediate_size": 31}, "moe_intermediate_size 31 is odd"),
-        ("gpt2", {"num_attention_heads": 3}, "hidden_size 64 with num_attention_heads 3: engines compute"),
+        ("gpt2", {"num_attention_heads": 3}, "64 with num_attention_heads 3: engines or transformers compute"),
         ("bert", {"num_attention_heads": 3}, "must stay 16; use hidden_size 48 with these heads"),
         ("gemma2", {"hidden_size": 50}, "opens gemma2 only where the heads divide hidden_size; use .*48 or 52"),
     ],
@@ -632,6 +633,17 @@ def test_experts_and_their_width_are_sizes_like_others() -> None:
 def test_a_size_that_a_family_cannot_have_says_what_it_can(family: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         target_shape(Prune(**fields), tiny_shape(family))
+
+
+def test_a_phi_3_with_longrope_keeps_its_width_a_multiple_of_its_heads_since_transformers_counts_the_factors() -> None:
+    rope: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8}
+    rope |= {"long_factor": [2.0] * 8, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 64}
+    config = tiny_model("phi3", rope_parameters=rope).config.to_dict()
+    with pytest.raises(InputError, match="must stay 16; use hidden_size 64 with these heads"):
+        target_shape(Prune(hidden_size=48), shape_of(config, "tiny"))
+    with pytest.raises(StrictDataclassClassValidationError, match="short_factor field must have length 6"):
+        tiny_model("phi3", rope_parameters=rope, hidden_size=48)
+    assert target_shape(Prune(hidden_size=48), tiny_shape("phi3")).hidden_size == 48
 
 
 # --- any shape, any cut ---------------------------------------------------------------------------------------------

@@ -178,6 +178,9 @@ class Family(Described):
     or where none is there. Empty: never."""
     head_dim_free: bool = True
     """Engines read head_dim from the config; False: they compute hidden_size / num_attention_heads."""
+    head_dim_fixed_when: tuple[str, ...] = ()
+    """Conditions under which transformers refuses a config whose hidden_size is not num_attention_heads times
+    head_dim, free otherwise."""
     heads_divide_hidden: bool = False
     """transformers refuses a config whose hidden_size is no multiple of num_attention_heads, explicit head_dim or
     not."""
@@ -202,6 +205,10 @@ class Family(Described):
     def heads_alike_in_stack(self) -> bool:
         """Whether the same heads must stay in all layers of a stack, a tensor of its first layer being all layers'."""
         return any("heads" in self.tensors[pattern] for pattern in self.first_layer_only)
+
+    def computes_head_dim(self, config: dict[str, Any]) -> bool:
+        """Whether head_dim has to stay hidden_size / num_attention_heads."""
+        return not self.head_dim_free or any(self.holds(condition, config) for condition in self.head_dim_fixed_when)
 
     def holds(self, condition: str, config: dict[str, Any]) -> bool:
         """Whether a config.json's content fulfils a condition."""
