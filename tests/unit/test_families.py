@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stillroom.errors import InputError
+from stillroom.export.checks import check_checkpoint
 from stillroom.models.family import axis_parts, families
 from stillroom.models.load import AUTO_CLASSES, load_model
 from stillroom.models.shape import ModelShape, read_config, shape_of
@@ -522,6 +523,9 @@ def test_bert_as_the_hub_has_it_keeps_its_pooler_and_loses_its_old_names(tmp_pat
     assert torch.equal(after["bert.pooler.dense.weight"], extra["bert.pooler.dense.weight"][::2, ::2])
     assert torch.equal(after["cls.seq_relationship.weight"], extra["cls.seq_relationship.weight"][:, ::2])
     assert torch.isfinite(logits(load_model(tmp_path / "cut"))).all()
+    facts = {fact.check: fact.ok for fact in check_checkpoint(tmp_path / "cut")}
+    assert facts["no tensor is too many"]
+    assert facts["the head is tied as config.json says"]
 
 
 @pytest.mark.parametrize("says_tied", [True, False])

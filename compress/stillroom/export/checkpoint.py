@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from stillroom.artifact import write_atomically
 
 COMPANIONS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "tokenizer*", "vocab*", "spiece.model", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """What comes along from the source: tokenizer, chat template, generation config, licence."""
 

@@ -25,8 +25,6 @@ CODES = {"fp8": "F8_E4M3", "int8": "I8"}
 """How safetensors calls the dtype of a quantized weight."""
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-LEGACY_BUFFER = ".rotary_emb.inv_freq"
-"""Old Llama checkpoints carry it; every reader computes it instead."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,9 @@ def _shape_errors(expected: Mapping[str, tuple[int, ...]], entries: Mapping[str,
 def _extra_tensors(
     shape: ModelShape, scales: Mapping[str, object], entries: Mapping[str, TensorEntry]
 ) -> Iterator[str]:
-    known = {*shape.tensor_shapes(), *scales, "lm_head.weight"}
-    yield from (name for name in entries if name not in known and not name.endswith(LEGACY_BUFFER))
+    known = {*shape.places, *scales, *shape.family.tied_tensors}
+    names = ((name, shape.family.current_name(name)) for name in entries)
+    yield from (name for name, current in names if current not in known and not shape.family.is_ignored(current))
 
 
 def _dtype_errors(shape: ModelShape, quantization: Quantization, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
@@ -129,10 +128,10 @@ def _dtype_errors(shape: ModelShape, quantization: Quantization, entries: Mappin
 
 def _tied_errors(shape: ModelShape, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
     """Engines ignore a tied head that is written all the same: harmless when equal, another model when not."""
-    embedding = next(name for name, axes in shape.family.tensors.items() if axes == ("vocab", "hidden"))
-    both = "lm_head.weight" in entries and embedding in entries
-    if shape.tied and both and not torch.equal(read_tensor(entries, "lm_head.weight"), read_tensor(entries, embedding)):
-        yield f"config.json ties lm_head to {embedding}, but a different lm_head.weight is there"
+    embedding, head = shape.family.embedding, shape.family.tied_tensors[0]
+    both = head in entries and embedding in entries
+    if shape.tied and both and not torch.equal(read_tensor(entries, head), read_tensor(entries, embedding)):
+        yield f"config.json ties {head.removesuffix('.weight')} to {embedding}, but a different {head} is there"
 
 
 def _not_finite(entries: Mapping[str, TensorEntry]) -> Iterator[str]:

@@ -197,6 +197,12 @@ class Family(Described):
         return any(axis in axis_parts(a) for axes in self.tensors.values() for a in axes)
 
     @property
+    def embedding(self) -> str:
+        """The table of input embeddings."""
+        (name,) = (n for n, axes in self.tensors.items() if axes == ("vocab", "hidden") and n not in self.tied_tensors)
+        return name
+
+    @property
     def one_key_value_head_a_head(self) -> bool:
         """Whether key-value heads cannot differ in number from query heads."""
         return not self.config_names("num_key_value_heads")

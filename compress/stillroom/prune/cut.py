@@ -264,7 +264,7 @@ def _rescale_hidden(
             rescales[bias] = Rescale(undone.get(module, 1.0), shift=scale * moved * undone.get(module, 1.0))
         rescales[f"{module}.weight"] = Rescale(factor * undone.get(module, 1.0), family.norm_offset)
     if family.embedding_scaled_by_sqrt_hidden:
-        rescales[embedding_name(shape)] = Rescale(math.sqrt(wider))
+        rescales[family.embedding] = Rescale(math.sqrt(wider))
 
 
 def _rescale_head_norms(
@@ -306,13 +306,6 @@ def _kept_modules(pattern: str, shape: ModelShape, cut: Cut) -> list[str]:
     if LAYER not in pattern:
         return [pattern]
     return [module for layer, module in shape.spelled_out(pattern).items() if layer in cut.layers]
-
-
-def embedding_name(shape: ModelShape) -> str:
-    """The table of input embeddings."""
-    tensors, heads = shape.family.tensors, shape.family.tied_tensors
-    (name,) = (name for name, axes in tensors.items() if axes == ("vocab", "hidden") and name not in heads)
-    return name
 
 
 def _finite(tensor: Tensor) -> bool:

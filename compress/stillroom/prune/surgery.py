@@ -26,7 +26,7 @@ from stillroom.export.writer import MAX_SHARD_BYTES, NewTensor, write_checkpoint
 from stillroom.models.shape import ModelShape, read_config, shape_of
 from stillroom.models.tensors import read_tensor, row_blocks
 from stillroom.models.weights import TensorEntry, check_weights, family_entries
-from stillroom.prune.cut import Cut, cut_shape, embedding_name, rescales_of, source_places, tensor_cut
+from stillroom.prune.cut import Cut, cut_shape, rescales_of, source_places, tensor_cut
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 """As safetensors names them."""
@@ -56,7 +56,7 @@ def source_shape(model_dir: Path) -> ModelShape:
 def _is_tied(shape: ModelShape, entries: Mapping[str, TensorEntry]) -> bool:
     """Whether a head that was written for all its being tied is the embedding; transformers 5 does not tie it where it
     is not (T5 v1.1 and FLAN-T5, whose config it rewrites to tied)."""
-    head, embedding = entries.get(shape.family.tied_tensors[0]), entries.get(embedding_name(shape))
+    head, embedding = entries.get(shape.family.tied_tensors[0]), entries.get(shape.family.embedding)
     if head is None or embedding is None:
         return True
     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
