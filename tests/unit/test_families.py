@@ -439,6 +439,21 @@ def test_hidden_channels_that_carry_nothing_can_go(family: str, overrides: dict[
     check_reopened(tmp_path / "cut", target, cut)
 
 
+@pytest.mark.parametrize("rope_type", ["default", "llama3"])
+def test_a_llama_written_as_a_mistral_computes_the_same_bit_for_bit(rope_type: str, tmp_path: Path) -> None:
+    rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 5e5}
+    if rope_type == "llama3":
+        rope |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+    model = tiny_model("llama", rope_parameters=rope)
+    model.save_pretrained(tmp_path)
+    opens_as = families()["llama"].opens_as
+    assert opens_as is not None
+    other = {"model_type": opens_as.family, "architectures": [families()[opens_as.family].architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(read_config(tmp_path) | other | opens_as.config))
+    assert type(load_model(tmp_path)).__name__ == "MistralForCausalLM"
+    assert torch.equal(logits(tmp_path), logits(model))
+
+
 def test_a_layer_norm_keeps_its_output_on_the_kept_channels_when_tokens_differ_only_in_size(tmp_path: Path) -> None:
     """The formula by itself: scale * (x - mean) / std + bias on the kept channels, before and after."""
     model = tiny_model("starcoder2")
