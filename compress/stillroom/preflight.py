@@ -20,10 +20,12 @@ from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.machine import GIB, Machine, free_disk_bytes, this_machine
 from stillroom.models.shape import ModelShape, shape_of, stored_dtype
 from stillroom.plan import Plan, Step, cached
+from stillroom.prune.cost import known_hardware
+from stillroom.prune.shapes import candidates, price_target
 from stillroom.prune.targets import target_shape
 from stillroom.quality.harness import check_task
 from stillroom.quantize.scheme import select_modules
-from stillroom.recipe import Distill, ModelSource, Prune, Quantize
+from stillroom.recipe import Distill, ModelSource, Prune, Quantize, Target
 from stillroom.text import HUB
 
 DISTILL_BYTES_PER_PARAM = 18
@@ -163,12 +165,22 @@ def _carry_shape(step: Step, shapes: dict[str, ModelShape], schemes: dict[str, s
     shape = shapes[source]
     if isinstance(config, Prune):
         try:
-            shape = target_shape(config, shape)
+            shape = _largest_candidate(config.target, shape) if config.target else target_shape(config, shape)
         except InputError as error:
             raise InputError(f"stage {step.name!r}: {error}") from error
     if isinstance(config, Quantize) and config.scheme != "none":
         select_modules(shape, config, f"stage {step.name!r}")
     shapes[step.name] = shape
+
+
+def _largest_candidate(target: Target, shape: ModelShape) -> ModelShape:
+    """The largest shape that the search for a target could take. This CPU's speeds are not measured for a plan: for
+    them the dense shape is the bound."""
+    if target.hardware == "cpu":
+        return shape
+    hardware = known_hardware()[target.hardware] if target.hardware else None
+    found = candidates(shape, price_target(target, shape, hardware))
+    return max((candidate.shape for candidate in found), key=lambda candidate: candidate.num_params)
 
 
 def _costs(

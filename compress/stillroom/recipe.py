@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stillroom.errors import InputError
+from stillroom.prune.importance.names import DepthMethod, WidthMethod
 from stillroom.verdict.gates import parse_gate
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
@@ -207,10 +208,50 @@ class Target(Frozen):
         return {name: value for name, value in named if value is not None}
 
 
+DepthSearch = Literal["search", "greedy", "evolutionary", "leave_one_out_kl", "leave_one_out_loss"]
+"""Ways to choose layers that ask the cut model itself."""
+
+RepairKind = Literal["fold", "reconstruct", "refit", "readout"]
+
+
+class SearchBudget(Frozen):
+    """What the search for the layers to keep may cost."""
+
+    tokens: int = Field(default=32768, ge=64)
+    """Calibration tokens that every candidate reads."""
+    scored_share: float = Field(default=0.25, gt=0, le=1)
+    """Share of the positions whose distributions are compared; head and softmax are half the cost of small models."""
+    generations: int = Field(default=12, ge=0)
+    """Of the evolutionary search, from the best that was found otherwise."""
+    offspring: int = Field(default=16, ge=1)
+    """Candidates in a generation."""
+    finalists: int = Field(default=3, ge=1)
+    """So many of the best choices are repaired, and compared again after it."""
+
+
+class Repair(Frozen):
+    """Closed-form repair of the cut model, without training. A bare list of kinds in a recipe is its `kinds`."""
+
+    kinds: tuple[RepairKind, ...] | Literal["auto"] = "auto"
+    """`fold`: the map that stands for cut layers, in the down projection before them (ReplaceMe, arXiv 2505.02819).
+    `reconstruct`: output and down projection of narrowed layers by ridge regression (SlimGPT, arXiv 2412.18110).
+    `refit`: the same of other layers, toward the unpruned model's states. `readout`: where hidden channels went, what
+    reads the kept ones. `auto`: all that the model and the cut allow; `[]`: none."""
+    tokens: int = Field(default=131072, ge=64)
+    """Calibration tokens that the modules are solved on."""
+    heldout_tokens: int = Field(default=8192, ge=64)
+    """Calibration tokens kept apart, on which each change must lower the KL to the unpruned model or is undone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"kinds": value} if isinstance(value, list | tuple | str) else value
+
+
 class Prune(StageConfig):
     """Cut layers (depth) and channels (width) into a smaller model of the same family and of one shape throughout.
 
-    Give sizes, under the names that the model's config uses, or one `target_params`.
+    Give sizes, under the names that the model's config uses, or a `target`.
     """
 
     kind: Literal["prune"] = "prune"
@@ -232,20 +273,21 @@ class Prune(StageConfig):
     """Experts to keep in every layer."""
     moe_intermediate_size: int | None = Field(default=None, ge=1)
     """FFN channels to keep in every expert."""
-    target_params: int | None = Field(default=None, ge=1)
-    """Instead of sizes: the largest model with at most this many parameters, cut along `shrink`."""
-    shrink: Literal["depth", "width"] = "depth"
-    """What `target_params` cuts: whole layers, or FFN and hidden channels in proportion."""
-    multiple_of: int = Field(default=128, ge=1)
-    """Widths chosen for `target_params` are multiples of this; kernels and tensor parallelism want 128 per shard."""
-    depth_importance: Literal["block_influence"] = "block_influence"
-    """How layers are ranked: 1 - cosine(layer in, layer out), ShortGPT (arXiv 2403.03853, section 3)."""
+    target: Target | None = None
+    """Instead of sizes: what the model must fit or reach. The best shape that does is searched for."""
+    depth_importance: Literal["auto"] | DepthSearch | DepthMethod = "auto"
+    """How layers are chosen. `search`: by KL to the unpruned model, greedy (SLEB), contiguous and evolutionary
+    (EvoPress) candidates, the best few compared after repair; `greedy` and `evolutionary` alone; `leave_one_out_kl` and
+    `leave_one_out_loss`, what each layer costs by itself; `block_influence` (ShortGPT), `angular` (one block; Gromov et
+    al.), `magnitude`, `taylor`; `random` and `reversed` as controls. `auto`: `search`, and `block_influence` for
+    encoders."""
+    width_importance: WidthMethod = "minitron"
+    """How channels, heads and experts are chosen: Minitron's activations, or one of the others to compare with."""
+    search: SearchBudget = SearchBudget()
+    repair: Repair = Repair()
+    backend: Literal["stillroom", "megatron"] = "stillroom"
+    """`megatron`: ModelOpt's own pruner (mcore_minitron) through Megatron-Bridge, in NVIDIA's NeMo image."""
     calibration: Calibration = Calibration()
-
-    @field_validator("target_params", mode="before")
-    @classmethod
-    def _yaml_writes_6e9(cls, value: Any) -> Any:
-        return _whole_number(value)
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Prune:
@@ -254,12 +296,12 @@ class Prune(StageConfig):
                 raise ValueError(f"give {number} or drop_layers, not both")
         if self.drop_layers is not None and len(set(self.drop_layers)) != len(self.drop_layers):
             raise ValueError(f"drop_layers {list(self.drop_layers)} names a layer twice")
-        if self.target_params is not None and self.sizes():
-            raise ValueError(f"give target_params or sizes ({', '.join(self.sizes())}), not both")
-        if self.target_params is None and not self.sizes():
+        if self.target is not None and self.sizes():
+            raise ValueError(f"give target or sizes ({', '.join(self.sizes())}), not both")
+        if self.target is None and not self.sizes():
             raise ValueError(
                 "nothing to cut: give num_layers, drop_layers, hidden_size, intermediate_size, num_attention_heads, "
-                "num_key_value_heads, num_experts, moe_intermediate_size or target_params"
+                "num_key_value_heads, num_experts, moe_intermediate_size or target"
             )
         return self
 
@@ -545,7 +587,8 @@ def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
     """The fields allowed where an unknown one stood, found by walking the location through the models."""
     by_name: dict[str, type[BaseModel]] = {
         "model": ModelSource, "data": Data, "train": TextSource, "heldout": TextSource, "prune": Prune,
-        "distill": Distill, "quantize": Quantize, "calibration": Calibration, "target": Target, "verify": Verify,
+        "distill": Distill, "quantize": Quantize, "calibration": Calibration, "target": Target, "search": SearchBudget,
+        "repair": Repair, "verify": Verify,
         "evaluate": Evaluate, "tasks": Task, "bench": Bench, "baselines": ModelSource,
     }  # fmt: skip
     inner: type[BaseModel] = Recipe

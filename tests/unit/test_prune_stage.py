@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from stillroom.artifact import Artifact, Manifest
 from stillroom.errors import InputError
+from stillroom.models.load import load_model
 from stillroom.models.shape import read_config, shape_of
 from stillroom.models.weights import check_weights
-from stillroom.prune import stage
-from stillroom.recipe import Calibration, Prune, TextSource
+from stillroom.prune import pruner, stage
+from stillroom.prune.frontier import read_frontier
+from stillroom.recipe import Calibration, Prune, Repair, SearchBudget, Target, TextSource
 from stillroom.stage import Job
 from tiny import FAMILIES, tiny_checkpoint, tiny_model, tiny_text_file, tiny_tokenizer
 
@@ -43,9 +45,10 @@ def job_for(tmp_path: Path, model_dir: Path, num_documents: int = 200, **sizes: 
     )  # fmt: skip
     text = tiny_text_file(tmp_path / "text.txt", num_documents)
     calibration = Calibration(samples=6, sequence_length=32, batch_size=4)
+    search = SearchBudget(tokens=64, generations=1, offspring=2, finalists=2)
     return Job(
         name="prune",
-        config=Prune(**({"calibration": calibration} | sizes)),
+        config=Prune(**({"calibration": calibration, "search": search} | sizes)),
         inputs={"source": Artifact(tmp_path / "dense-artifact", manifest)},
         text=(TextSource(source=str(text)),),
         out_dir=tmp_path / "out",
@@ -92,14 +95,14 @@ def test_depth_and_width_at_once_write_what_the_plan_promised(family: str, tmp_p
     assert details["params_after"] == written.num_params < details["params_before"]
     assert details["sizes_after"]["head_dim"] == details["sizes_before"]["head_dim"] == 16
     assert sorted(details["kept_layers"] + details["dropped_layers"]) == [0, 1, 2, 3]
-    assert len(details["block_influence"]) == 4
-    assert min(details["block_influence"]) == details["block_influence"][details["dropped_layers"][0]]
+    assert len(details["layer_kl"]) == len(details["block_influence"]) == 4
     assert (details["calibration_samples"], details["calibration_tokens"], result.tokens) == (6, 192, 192)
     tables = json.loads((job.out_dir / "importance.json").read_text())
     assert (len(tables["ffn"]), len(tables["ffn"][0])) == (4, 128)
     assert (len(tables["heads"][0]), len(tables["hidden"])) == (4, 64)
     assert isinstance(job.progress, Notes)
-    assert job.progress.units == {"windows", "tensors"}
+    assert job.progress.units >= {"windows", "choices", "tensors"}
+    assert details["kl"] <= details["kl_cut"]
     assert torch.isfinite(logits(job.out_dir)).all()
     assert json.loads(json.dumps(details)) == details
 
@@ -128,19 +131,26 @@ def test_importance_finds_the_units_that_do_nothing(tmp_path: Path) -> None:
 def test_given_layers_need_neither_text_nor_the_model_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "load_model", None)
+    monkeypatch.setattr(pruner, "load_model", None)
     monkeypatch.setattr(stage, "calibration_windows", None)
-    job = job_for(tmp_path, tiny_checkpoint(tmp_path / "dense"), drop_layers=(1, 2))
+    job = job_for(tmp_path, tiny_checkpoint(tmp_path / "dense"), drop_layers=(1, 2), repair=Repair(kinds=()))
     result = stage.run(job)
     assert (result.details["kept_layers"], result.tokens) == ([0, 3], None)
     assert not (job.out_dir / "importance.json").exists()
 
 
-def test_a_target_size_is_kept(tmp_path: Path) -> None:
+def test_a_target_size_is_kept_and_everything_scored_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_checkpoint(tmp_path / "dense", "mistral")
     params = shape_of(read_config(dense), "dense").num_params
-    job = job_for(tmp_path, dense, target_params=params * 3 // 4, shrink="width", multiple_of=8)
-    assert params // 2 < stage.run(job).details["params_after"] <= params * 3 // 4
+    monkeypatch.setenv("STILLROOM_HOME", str(tmp_path / "home"))
+    target = Target(params=params * 3 // 4, multiple_of=16, candidates=3, rerank=2, rerank_tokens=64)
+    job = job_for(tmp_path, dense, target=target)
+    details = stage.run(job).details
+    assert params // 2 < details["params_after"] <= params * 3 // 4
+    frontier = read_frontier(job.out_dir)
+    assert frontier is not None
+    assert frontier.winner.params == details["params_after"]
+    assert min(c.reranked for c in frontier.candidates if c.reranked is not None) == frontier.winner.reranked
 
 
 def test_the_same_job_writes_the_same_bytes(tmp_path: Path) -> None:
@@ -182,3 +192,41 @@ def test_a_text_that_gives_fewer_windows_is_said_so(tmp_path: Path) -> None:
     stage.run(job)
     assert isinstance(job.progress, Notes)
     assert "all that the text gives of the 1000 asked for" in job.progress.lines[0]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SIZES])
+def test_every_other_family_is_cut_in_depth_and_width(family: str, tmp_path: Path) -> None:
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    shape = shape_of(read_config(dense), "dense")
+    sizes: dict[str, Any] = {"num_layers": shape.num_layers - 1}
+    if shape.family.has_axis("ffn"):
+        sizes["intermediate_size"] = 96
+    else:
+        sizes |= {"num_experts": shape.num_experts - 1, "moe_intermediate_size": 16}
+    if shape.num_decoder_layers:
+        sizes["num_decoder_layers"] = shape.num_decoder_layers - 1
+    job = job_for(tmp_path, dense, **sizes)
+    stage.run(job)
+    written = shape_of(read_config(job.out_dir), "out")
+    assert {size: getattr(written, size) for size in sizes} == sizes
+    check_weights(job.out_dir, written)
+    assert load_model(job.out_dir).num_parameters() < load_model(dense).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("llama", {"num_layers": 3, "repair": Repair(kinds=("readout",))}, "readout: no hidden channel is cut"),
+        ("llama", {"intermediate_size": 96, "repair": Repair(kinds=("fold",))}, "no layer is cut"),
+        ("gemma3_text", {"num_layers": 3, "repair": Repair(kinds=("fold",))}, "a norm stands between"),
+        ("bert", {"num_layers": 3, "repair": Repair(kinds=("refit",))}, "bert is none"),
+        ("bert", {"num_layers": 3, "depth_importance": "search"}, "bert is none; use block_influence"),
+    ],
+)
+def test_what_a_family_forbids_is_refused_with_the_reason(
+    family: str, sizes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    job = job_for(tmp_path, tiny_checkpoint(tmp_path / "dense", family), **sizes)
+    with pytest.raises(InputError, match=message):
+        stage.run(job)
+    assert not job.out_dir.exists()

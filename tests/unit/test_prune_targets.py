@@ -8,8 +8,6 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from stillroom.errors import InputError
 from stillroom.models.shape import ModelShape, shape_of
@@ -119,19 +117,6 @@ def test_a_per_layer_list_of_another_length_is_refused() -> None:
         (SMOLLM2_BIASED, {"hidden_size": 512}, "hidden_size 512 with num_attention_heads 9: transformers.*504 or 522"),
         (QWEN2_TINY, {"hidden_size": 48}, "hidden_size 48.*must stay 16; use hidden_size 64 with these heads"),
         (QWEN2_TINY, {"num_key_value_heads": 1}, "hidden_size 64 with num_attention_heads 2.*use hidden_size 32"),
-        (SMOLLM2_135M, {"target_params": 10**9}, "target_params 1000000000 is above the model's 134515008"),
-        (SMOLLM2_135M, {"target_params": 10**6}, "cannot be reached by shrink: depth; the least is 31852224"),
-        (
-            SMOLLM2_BIASED,
-            {"target_params": 10**8, "shrink": "width"},
-            "multiple_of 128 leaves nothing.*is 1152.*9 heads",
-        ),
-        (
-            QWEN2_TINY,
-            {"target_params": 10**5, "shrink": "width"},
-            "shrink: width would cut hidden_size 64.*shrink: depth",
-        ),
-        (QWEN3_8B, {"target_params": 10**6, "shrink": "width"}, "cannot be reached by shrink: width; the least is "),
     ],
 )
 def test_a_wrong_size_says_what_is_allowed(base: dict[str, Any], fields: dict[str, Any], message: str) -> None:
@@ -142,33 +127,6 @@ def test_a_wrong_size_says_what_is_allowed(base: dict[str, Any], fields: dict[st
 def test_qwen2_keeps_its_head_size_when_hidden_and_heads_are_cut_together() -> None:
     target = target_shape(Prune(hidden_size=32, num_key_value_heads=1), shape(QWEN2_TINY))
     assert (target.hidden_size, target.num_attention_heads, target.config["head_dim"]) == (32, 2, 16)
-
-
-@settings(max_examples=40, deadline=None)
-@given(target=st.integers(31_852_224, 134_515_008))
-def test_a_target_by_depth_keeps_as_many_layers_as_fit(target: int) -> None:
-    dense = shape(SMOLLM2_135M)
-    found = target_shape(Prune(target_params=target), dense)
-    assert found.num_params <= target
-    if found.num_layers < dense.num_layers:
-        assert dataclasses.replace(found, num_layers=found.num_layers + 1).num_params > target
-
-
-@settings(max_examples=40, deadline=None)
-@given(target=st.integers(500_000_000, 8_190_735_360), multiple_of=st.sampled_from([64, 128, 256]))
-def test_a_target_by_width_is_the_largest_in_proportion(target: int, multiple_of: int) -> None:
-    dense = shape(QWEN3_8B)
-    found = target_shape(Prune(target_params=target, shrink="width", multiple_of=multiple_of), dense)
-    assert found.num_params <= target
-    assert found.hidden_size % multiple_of == 0 == found.intermediate_size % multiple_of
-    assert abs(found.hidden_size / 4096 - found.intermediate_size / 12288) < multiple_of / 4096
-    if (found.hidden_size, found.intermediate_size) != (4096, 12288):
-        wider = [
-            dataclasses.replace(found, hidden_size=found.hidden_size + h, intermediate_size=found.intermediate_size + f)
-            for h, f in ((multiple_of, 0), (0, multiple_of))
-        ]
-        both = dataclasses.replace(wider[0], intermediate_size=wider[1].intermediate_size)
-        assert both.num_params > target
 
 
 def test_a_llama_whose_heads_do_not_divide_its_width_is_written_as_the_same_mistral() -> None:
@@ -182,13 +140,6 @@ def test_a_llama_whose_heads_do_not_divide_its_width_is_written_as_the_same_mist
     }
     assert target.family.model_type == "mistral"
     assert target_shape(Prune(hidden_size=522), shape(SMOLLM2_135M)).config["model_type"] == "llama"
-    assert target_shape(Prune(target_params=10**8, shrink="width"), shape(SMOLLM2_135M)).hidden_size == 384
-
-
-def test_a_target_of_the_models_own_size_is_the_model() -> None:
-    dense = shape(QWEN3_8B)
-    for shrink in ("depth", "width"):
-        assert target_shape(Prune(target_params=dense.num_params, shrink=shrink), dense).num_params == dense.num_params
 
 
 def test_targets_import_no_torch() -> None:

@@ -59,7 +59,11 @@ def test_the_qwen3_recipes_hold_the_published_settings() -> None:
         ("stages.0.num_layers", "many", "valid integer"),
         ("stages.0.num_layers", 0, "greater than or equal to 1 (given: 0)"),
         ("stages.0.drop_layers", [1], "give num_layers or drop_layers, not both"),
-        ("stages.0.target_params", "6e9", "give target_params or sizes (num_layers), not both"),
+        ("stages.0.target", {"params": "6e9"}, "give target or sizes (num_layers), not both"),
+        ("stages.0.target", {}, "give at least one of params, memory_gb, latency_ms, throughput"),
+        ("stages.0.target", {"throughput": 500}, "throughput needs `hardware`"),
+        ("stages.0.repair", ["glue"], "'fold', 'reconstruct', 'refit' or 'readout' (given: 'glue')"),
+        ("stages.0.depth_importance", "luck", "'search'"),
         ("stages.0", {"kind": "prune"}, "nothing to cut"),
         ("stages.0", {"kind": "quantize", "scheme": "fp7"}, "'fp8', 'int8' or 'none' (given: 'fp7')"),
         ("stages.0", {"kind": "quantize", "scheme": "int8", "kv_cache": "fp8"}, "kv_cache fp8 goes with scheme fp8"),
@@ -105,10 +109,21 @@ def test_stages_that_repeat_are_numbered_and_can_be_read_by_name() -> None:
 
 
 def test_yaml_may_write_parameters_as_6e9() -> None:
-    recipe = parse_recipe({**MINIMAL, "stages": [{"kind": "prune", "target_params": "6e9"}]}, "test.yaml")
+    recipe = parse_recipe({**MINIMAL, "stages": [{"kind": "prune", "target": {"params": "6e9"}}]}, "test.yaml")
     stage = recipe.stages[0]
     assert stage.kind == "prune"
-    assert stage.target_params == 6_000_000_000
+    assert stage.target is not None
+    assert stage.target.params == 6_000_000_000
+
+
+def test_a_bare_list_of_repairs_is_its_kinds() -> None:
+    stages = [
+        {"kind": "prune", "num_layers": 20, "repair": ["fold"]},
+        {"kind": "prune", "num_layers": 18, "repair": []},
+    ]
+    first, second = parse_recipe({**MINIMAL, "stages": stages}, "test.yaml").stages
+    assert first.kind == second.kind == "prune"
+    assert (first.repair.kinds, second.repair.kinds) == (("fold",), ())
 
 
 def test_set_overrides_fields_and_list_entries(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stillroom.distill.losses import Head
 from stillroom.models.blocks import Blocks
-from stillroom.prune.agreement import Agreement, Yardstick
+from stillroom.prune.agreement import Agreement, Comparison, Yardstick
 
 Keep = tuple[int, ...]
 """Kept layers, ascending."""
@@ -35,7 +35,7 @@ class DepthScorer:
     def __init__(self, dense: Blocks, head: Head, windows_NT: Tensor, *, batch_size: int, stride: int) -> None:
         self.dense = dense
         self.batches = list(torch.split(windows_NT, batch_size))
-        self.yardstick = Yardstick(head, stride=stride)
+        yardstick = Yardstick(head, stride=stride)
         self.known: dict[Keep, Agreement] = {}
         self.layers_run = 0
         """Layer passes over a batch so far: what a search costs."""
@@ -46,7 +46,8 @@ class DepthScorer:
             self._states = [[dense.embed(ids)] for ids in self.batches]
             self.anchor(tuple(range(self.num_layers)))
             for ids, states in zip(self.batches, self._states, strict=True):
-                self.yardstick.add(ids, dense.normed(states[-1]))
+                yardstick.add(ids, dense.normed(states[-1]))
+            self.comparison = Comparison(yardstick, head)
 
     @torch.inference_mode()
     def anchor(self, keep: Keep) -> None:
@@ -68,7 +69,7 @@ class DepthScorer:
                 hidden = states[shared]
                 for index in keep[shared:]:
                     hidden = self._layer(index, hidden)
-                some = self.yardstick.compare(batch, self.dense.normed(hidden))
+                some = self.comparison.sums(batch, self.dense.normed(hidden))
                 kl, loss, count = kl + some[0], loss + some[1], count + some[2]
             self.known[keep] = Agreement(kl / count, loss / count)
         return self.known[keep]

@@ -1,31 +1,34 @@
-"""The prune stage: check, look at calibration text where something must be chosen, cut the checkpoint file by file.
+"""The prune stage: check, look at calibration text where something must be chosen, cut the checkpoint, repair it.
 
-The dense model is in memory only while importance is measured; with `drop_layers` alone it is never loaded. All
-scores are kept in importance.json beside the weights, so that the report can show why each layer went.
+With `drop_layers` and `repair: []` the dense model is never loaded and no text is read. All scores are kept in
+importance.json beside the weights, and the search for a target in frontier.json, so that the report can show why each
+layer went and what else could have been.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stillroom.artifact import write_atomically
-from stillroom.distill.data import calibration_windows
+from stillroom.distill.data import calibration_windows, documents
 from stillroom.errors import InputError
-from stillroom.models.load import load_model, load_tokenizer
+from stillroom.machine import this_machine
+from stillroom.models.load import load_tokenizer
 from stillroom.models.shape import ModelShape
-from stillroom.prune.cut import Cut
-from stillroom.prune.depth import keep_layers
-from stillroom.prune.importance.measure import measure
-from stillroom.prune.importance.names import Wanted
+from stillroom.prune import megatron
+from stillroom.prune.choice import what_to_score
+from stillroom.prune.frontier import Frontier, write_frontier
 from stillroom.prune.importance.scores import Importance
-from stillroom.prune.surgery import cut_checkpoint, source_shape
+from stillroom.prune.pruner import Made, Pruner
+from stillroom.prune.repair.kinds import repair_kinds
+from stillroom.prune.search import search_shape
+from stillroom.prune.surgery import source_shape
 from stillroom.prune.targets import target_shape
-from stillroom.prune.width import keep_heads, strongest
 from stillroom.recipe import Prune
 from stillroom.stage import Job, StageResult
 
@@ -38,81 +41,40 @@ SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads"
 def run(job: Job) -> StageResult:
     """Prune `job.source` as `job.config` says into `job.out_dir`."""
     config: Prune = job.config
-    source_dir = job.source.model_dir
-    shape = source_shape(source_dir)
-    target = target_shape(config, shape)
-    wanted = what_to_measure(config, shape, target)
-    scores = _measure(job, shape, wanted) if wanted else None
-    cut = choose(config, shape, target, scores)
-
-    def report(done: int, total: int) -> None:
-        job.progress.update(done, total, "tensors")
-
-    shares = scores.norm_shares if scores else None
-    target = cut_checkpoint(source_dir, shape, cut, job.out_dir, norm_shares=shares, progress=report)
-    details = _details(shape, target, cut, scores)
+    shape = source_shape(job.source.model_dir)
+    if config.backend == "megatron":
+        return _by_megatron(job, shape)
+    target = None if config.target is not None else target_shape(config, shape)
+    if target is not None and config.repair.kinds != "auto":
+        repair_kinds(config.repair, shape, target)
+    windows_NT = _windows(job, shape) if _needs_text(config, shape, target) else torch.empty(0, 1, dtype=torch.long)
+    pruner = Pruner(config, shape, job.source.model_dir, windows_NT, job.scratch_dir, job.seed, job.progress)
+    frontier = None
+    if target is None:
+        assert config.target is not None
+        target, frontier = search_shape(pruner, config.target, job.source.key)
+    made = pruner.best(target, job.out_dir)
+    if frontier:
+        write_frontier(frontier, job.out_dir)
+    scores = pruner.all_scores
     if scores:
         write_atomically(job.out_dir / IMPORTANCE_FILE, json.dumps(score_tables(scores)) + "\n")
-    job.progress.log(
-        f"pruned {shape.num_params:,} -> {target.num_params:,} parameters"
-        + (f"; layers {details['dropped_layers']} went" if details["dropped_layers"] else "")
-    )
-    return StageResult(tokens=scores.num_tokens if scores else None, details=details)
+    details = _details(pruner, made, frontier)
+    _say(job, shape, made)
+    return StageResult(tokens=windows_NT.numel() or None, details=details)
 
 
-def what_to_measure(config: Prune, shape: ModelShape, target: ModelShape) -> frozenset[Wanted]:
-    """What there is to choose; nothing for given layers and for sizes that stay."""
-    chosen: dict[Wanted, bool] = {
-        "layers": target.num_layers < shape.num_layers and config.drop_layers is None,
-        "ffn": target.intermediate_size < shape.intermediate_size,
-        "heads": target.num_attention_heads < shape.num_attention_heads,
-        "hidden": target.hidden_size < shape.hidden_size,
-    }
-    return frozenset(what for what, is_cut in chosen.items() if is_cut)
+def _needs_text(config: Prune, shape: ModelShape, target: ModelShape | None) -> bool:
+    """Whether anything is chosen or repaired."""
+    if target is None:
+        return True
+    chosen = bool(what_to_score(shape, target)) or (target.total_layers < shape.total_layers and not config.drop_layers)
+    return chosen or bool(repair_kinds(config.repair, shape, target))
 
 
-def choose(config: Prune, shape: ModelShape, target: ModelShape, scores: Importance | None) -> Cut:
-    """What stays, from the scores; an axis that keeps its size is left alone."""
-    if config.drop_layers is not None:
-        layers = tuple(i for i in range(shape.num_layers) if i not in config.drop_layers)
-    elif scores is not None and scores.block_influence is not None:
-        layers = keep_layers(scores.block_influence.tolist(), target.num_layers)
-    else:
-        layers = tuple(range(shape.num_layers))
-    if scores is None:
-        return Cut(layers)
-    ffn = hidden = None
-    if scores.ffn is not None:
-        ffn = {i: strongest(scores.ffn[i].tolist(), target.intermediate_size) for i in layers}
-    if scores.hidden is not None:
-        hidden = strongest(scores.hidden.tolist(), target.hidden_size)
-    groups, heads = _choose_heads(shape, target, scores, layers)
-    return Cut(layers, hidden=hidden, ffn=ffn, heads=heads, kv_groups=groups)
-
-
-def _choose_heads(
-    shape: ModelShape, target: ModelShape, scores: Importance, layers: tuple[int, ...]
-) -> tuple[dict[int, tuple[int, ...]] | None, dict[int, tuple[int, ...]] | None]:
-    """KV groups first, then the query heads in each group that stays, by layer."""
-    if scores.heads is None or scores.kv_groups is None:
-        return None, None
-    groups = {i: strongest(scores.kv_groups[i].tolist(), target.num_key_value_heads) for i in layers}
-    heads = {
-        i: keep_heads(
-            scores.heads[i].tolist(),
-            groups[i],
-            num_kv_groups=shape.num_key_value_heads,
-            heads_per_group=target.num_attention_heads // target.num_key_value_heads,
-        )
-        for i in layers
-    }
-    return groups, heads
-
-
-def _measure(job: Job, shape: ModelShape, wanted: frozenset[Wanted]) -> Importance:
-    """Load the dense model, measure, and free it."""
-    config: Prune = job.config
-    calibration = config.calibration
+def _windows(job: Job, shape: ModelShape) -> Tensor:
+    """Calibration text, (N, T). Raises InputError where it does not fill two windows."""
+    calibration = job.config.calibration
     longest = shape.config.get("max_position_embeddings")
     if longest is not None and calibration.sequence_length > longest:
         raise InputError(
@@ -120,55 +82,104 @@ def _measure(job: Job, shape: ModelShape, wanted: frozenset[Wanted]) -> Importan
             f"give at most {longest}"
         )
     tokenizer = load_tokenizer(job.source.model_dir)
-    windows = calibration_windows(job, tokenizer, calibration.sequence_length, calibration.samples)
-    short = (
-        f", all that the text gives of the {calibration.samples} asked for"
-        if len(windows) < calibration.samples
-        else ""
+    windows_NT = calibration_windows(job, tokenizer, calibration.sequence_length, calibration.samples)
+    if len(windows_NT) < 2:
+        raise InputError(
+            f"pruning needs two windows of {calibration.sequence_length} tokens, one to choose on and one kept apart; "
+            "raise calibration.samples, lower calibration.sequence_length, or give more text"
+        )
+    if len(windows_NT) < calibration.samples:
+        job.progress.log(
+            f"calibration has {len(windows_NT)} windows of {windows_NT.shape[1]} tokens, all that the text gives of "
+            f"the {calibration.samples} asked for"
+        )
+    return windows_NT
+
+
+def _by_megatron(job: Job, shape: ModelShape) -> StageResult:
+    """ModelOpt's own pruner, as a process."""
+    config: Prune = job.config
+    megatron.require_image()
+    text = job.scratch_dir / "calibration.jsonl"
+    rows = (document for source in job.text for document in documents(source, job.inputs) if isinstance(document, str))
+    megatron.write_calibration(rows, text)
+    argv = megatron.command(
+        config,
+        shape,
+        job.source.model_dir,
+        job.out_dir,
+        len(this_machine().gpus),
+        script=megatron.find_script(),
+        scores_dir=job.scratch_dir / "scores",
+        calibration_file=text,
     )
-    job.progress.log(
-        f"measuring {', '.join(sorted(wanted))} on {len(windows)} windows of {windows.shape[1]} tokens{short}"
-    )
-    model = load_model(job.source.model_dir)
-
-    def report(done: int, total: int) -> None:
-        job.progress.update(done, total, "windows")
-
-    scores = measure(model, shape, windows, batch_size=calibration.batch_size, wanted=wanted, progress=report)
-    del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return scores
+    megatron.run_backend(argv, job.out_dir, job.scratch_dir / "megatron.log", log=job.progress.log)
+    target = megatron.result_shape(config, shape, job.out_dir)
+    return StageResult(details={"backend": "megatron", **_sizes(shape, target)})
 
 
-def _details(shape: ModelShape, target: ModelShape, cut: Cut, scores: Importance | None) -> dict[str, Any]:
+def _say(job: Job, shape: ModelShape, made: Made) -> None:
+    dropped = [i for i in range(shape.total_layers) if i not in made.cut.layers]
+    line = f"pruned {shape.num_params:,} -> {made.shape.num_params:,} parameters"
+    if dropped:
+        line += f"; layers {dropped} went"
+    if made.kl is not None and made.kl_cut is not None:
+        line += f"; KL to the unpruned model {made.kl_cut:.4f}, repaired {made.kl:.4f} nats/token"
+    job.progress.log(line)
+
+
+def _details(pruner: Pruner, made: Made, frontier: Frontier | None) -> dict[str, Any]:
+    scores, shape = pruner.all_scores, pruner.shape
     influence = scores.block_influence if scores else None
     return {
-        "kept_layers": list(cut.layers),
-        "dropped_layers": [i for i in range(shape.num_layers) if i not in cut.layers],
+        "kept_layers": list(made.cut.layers),
+        "dropped_layers": [i for i in range(shape.total_layers) if i not in made.cut.layers],
+        "depth_importance": pruner.depth_method,
+        "width_importance": pruner.config.width_importance,
         "block_influence": None if influence is None else _rounded(influence),
+        "layer_kl": pruner.layer_costs,
+        "kl_cut": made.kl_cut,
+        "kl": made.kl,
+        "repairs": [
+            {
+                "layer": attempt.layer,
+                "modules": list(attempt.modules),
+                "kind": attempt.kind,
+                "strength": attempt.strength,
+                "kl_before": attempt.kl_before,
+                "kl_after": attempt.kl_after,
+                "kept": attempt.kept,
+            }
+            for attempt in made.attempts
+        ],
+        **_sizes(shape, made.shape),
+        "searched_shapes": len(frontier.candidates) if frontier else 0,
+        "calibration_samples": len(pruner.windows_NT),
+        "calibration_tokens": pruner.windows_NT.numel(),
+    }
+
+
+def _sizes(shape: ModelShape, target: ModelShape) -> dict[str, Any]:
+    return {
         "sizes_before": {size: getattr(shape, size) for size in SIZES},
         "sizes_after": {size: getattr(target, size) for size in SIZES},
         "params_before": shape.num_params,
         "params_after": target.num_params,
-        "calibration_samples": scores.num_windows if scores else 0,
-        "calibration_tokens": scores.num_tokens if scores else 0,
     }
 
 
 def score_tables(scores: Importance) -> dict[str, Any]:
     """Everything measured as lists, six significant digits: layers outermost, then channels, heads or groups."""
-    tables = ("block_influence", "ffn", "heads", "kv_groups", "hidden")
     return {
         "calibration_windows": scores.num_windows,
         "calibration_tokens": scores.num_tokens,
-        **{table: _rounded(values) for table in tables if (values := getattr(scores, table)) is not None},
+        **{method: _rounded(values) for method, values in scores.layers.items()},
+        **{table: _rounded(values) for table, values in scores.tables().items()},
         "norm_shares": {module: _rounded(shares) for module, shares in scores.norm_shares.items()},
     }
 
 
-def _rounded(values: torch.Tensor) -> Any:
+def _rounded(values: Tensor) -> Any:
     """Nested lists of floats with six significant digits."""
     if values.ndim > 1:
         return [_rounded(row) for row in values]

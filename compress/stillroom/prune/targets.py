@@ -10,12 +10,9 @@ that go. Layers of an encoder-decoder are counted through, the encoder's first.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import Any
 
 from stillroom.errors import InputError
 from stillroom.models.family import OpensAs, PlainAxis, Size, families
@@ -37,11 +34,9 @@ def target_shape(config: Prune, shape: ModelShape, keep_layers: Sequence[int] | 
     planned as if the first ones stayed, which changes neither a size nor a count. Raises InputError for sizes that the
     model cannot be cut to, or that no engine would load.
     """
-    if config.target_params is not None:
-        wanted = _for_target(config, config.target_params, shape)
-    else:
-        wanted = _for_sizes(config, shape)
-        check_sizes(shape, wanted)
+    assert config.target is None, "a target's shape is searched for (prune/search.py)"
+    wanted = _for_sizes(config, shape)
+    check_sizes(shape, wanted)
     if config.drop_layers is not None:
         keep_layers = [i for i in range(shape.total_layers) if i not in config.drop_layers]
     elif keep_layers is None:
@@ -175,9 +170,9 @@ def _check_groups(shape: ModelShape, wanted: ModelShape) -> None:
 
 def _check_hidden_beside_heads(wanted: ModelShape) -> None:
     family, hidden, heads = wanted.family, wanted.hidden_size, wanted.num_attention_heads
-    if not family.head_dim_free and hidden != heads * wanted.head_dim:
+    if family.computes_head_dim(wanted.config) and hidden != heads * wanted.head_dim:
         raise InputError(
-            f"hidden_size {hidden} with num_attention_heads {heads}: engines compute the head size of "
+            f"hidden_size {hidden} with num_attention_heads {heads}: engines or transformers compute the head size of "
             f"{family.model_type} as hidden_size / num_attention_heads, and it must stay {wanted.head_dim}; use "
             f"hidden_size {heads * wanted.head_dim} with these heads, or cut both so that hidden_size = "
             f"{wanted.head_dim} x num_attention_heads"
@@ -208,68 +203,3 @@ def _opens_otherwise(shape: ModelShape) -> OpensAs | None:
 def _group_size(shape: ModelShape) -> int:
     """Query heads in a KV group."""
     return shape.num_attention_heads // shape.num_key_value_heads
-
-
-def _for_target(config: Prune, target: int, shape: ModelShape) -> ModelShape:
-    """The largest shape of at most `target` parameters along `config.shrink`. Raises InputError where there is none."""
-    if target > shape.num_params:
-        raise InputError(
-            f"target_params {target} is above the model's {shape.num_params}; pruning only cuts: give less"
-        )
-    if config.shrink == "depth":
-        candidates = [_shallower(shape, n) for n in range(1, shape.num_layers + 1)]
-    else:
-        candidates = _narrower(shape, config.multiple_of)
-    fitting = bisect.bisect_right(candidates, target, key=lambda candidate: candidate.num_params)
-    if fitting == 0:
-        least = candidates[0]
-        raise InputError(
-            f"target_params {target} cannot be reached by shrink: {config.shrink}; the least is {least.num_params} "
-            f"(num_layers {least.num_layers}, hidden_size {least.hidden_size}, intermediate_size "
-            f"{least.intermediate_size}). Give at least that, or sizes that cut both depth and width"
-        )
-    return candidates[fitting - 1]
-
-
-def _shallower(shape: ModelShape, num_layers: int) -> ModelShape:
-    """So many layers, and a decoder in proportion."""
-    decoder = shape.num_decoder_layers and max(1, round(shape.num_decoder_layers * num_layers / shape.num_layers))
-    return dataclasses.replace(shape, num_layers=num_layers, num_decoder_layers=decoder)
-
-
-def _narrower(shape: ModelShape, multiple_of: int) -> list[ModelShape]:
-    """Shapes with hidden and FFN channels scaled alike and rounded down to multiples, from small to large.
-
-    The scales are those at which one of the two reaches its next multiple. Raises InputError where one has none.
-    """
-    if not shape.family.head_dim_free:
-        raise InputError(
-            f"shrink: width would cut hidden_size {shape.hidden_size} and leave the heads, but engines compute the "
-            f"head size of {shape.family.model_type} as hidden_size / num_attention_heads; use shrink: depth, or give "
-            "hidden_size and num_attention_heads, or intermediate_size"
-        )
-    heads = shape.num_attention_heads if shape.family.heads_divide_hidden and not _opens_otherwise(shape) else 1
-    ffn = "intermediate_size" if shape.family.has_axis("ffn") else "moe_intermediate_size"
-    steps = {"hidden_size": math.lcm(multiple_of, heads), ffn: multiple_of}
-    for field, step in steps.items():
-        if step > getattr(shape, field):
-            because = f" (transformers also wants a multiple of the {heads} heads)" if step != multiple_of else ""
-            raise InputError(
-                f"multiple_of {multiple_of} leaves nothing of {field} {getattr(shape, field)}: its least multiple is "
-                f"{step}{because}; give a smaller multiple_of, or sizes"
-            )
-    scales = {
-        Fraction(count * step, getattr(shape, field))
-        for field, step in steps.items()
-        for count in range(1, getattr(shape, field) // step + 1)
-    }
-    narrower = []
-    for scale in sorted(scales):
-        sizes: dict[str, Any] = {f: _rounded_down(scale * getattr(shape, f), step) for f, step in steps.items()}
-        narrower.append(dataclasses.replace(shape, **sizes))
-    return [candidate for candidate in narrower if all(getattr(candidate, field) for field in steps)]
-
-
-def _rounded_down(size: Fraction, step: int) -> int:
-    """The largest multiple of `step` that is at most `size`."""
-    return int(size // step) * step
