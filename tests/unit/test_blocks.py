@@ -7,9 +7,9 @@ import torch
 
 from stillroom.models.blocks import Blocks
 from stillroom.models.family import families
-from tiny import FAMILIES, VOCAB_SIZE, tiny_model
+from tiny import ALL_FAMILIES, VOCAB_SIZE, tiny_model
 
-DECODERS = [name for name in FAMILIES if families()[name].task == "causal_lm"]
+DECODERS = [name for name in ALL_FAMILIES if families()[name].task == "causal_lm"]
 
 
 def ids(batch: int = 2, tokens: int = 48) -> torch.Tensor:

@@ -20,7 +20,7 @@ from stillroom.prune import pruner, stage
 from stillroom.prune.frontier import read_frontier
 from stillroom.recipe import Calibration, Prune, Repair, SearchBudget, Target, TextSource
 from stillroom.stage import Job
-from tiny import FAMILIES, tiny_checkpoint, tiny_model, tiny_text_file, tiny_tokenizer
+from tiny import ALL_FAMILIES, FAMILIES, tiny_checkpoint, tiny_model, tiny_text_file, tiny_tokenizer
 
 
 class Notes:
@@ -194,7 +194,7 @@ def test_a_text_that_gives_fewer_windows_is_said_so(tmp_path: Path) -> None:
     assert "all that the text gives of the 1000 asked for" in job.progress.lines[0]
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SIZES])
+@pytest.mark.parametrize("family", [name for name in ALL_FAMILIES if name not in SIZES])
 def test_every_other_family_is_cut_in_depth_and_width(family: str, tmp_path: Path) -> None:
     dense = tiny_checkpoint(tmp_path / "dense", family)
     shape = shape_of(read_config(dense), "dense")
