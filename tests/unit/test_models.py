@@ -62,7 +62,9 @@ def test_kv_cache_counts_the_true_head_dim() -> None:
 
 
 def test_an_unknown_family_lists_what_is_supported(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"family 'mamba' is not supported; supported: bert, gemma2, gemma3_text, gpt2, llama, "):
+    with pytest.raises(
+        InputError, match=r"family 'mamba' is not supported; supported: bert, gemma2, gemma3_text, gpt2, llama, "
+    ):
         shape_of({"model_type": "mamba"}, "model")
 
 
