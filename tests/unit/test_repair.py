@@ -198,7 +198,7 @@ def test_a_doubled_hidden_channel_is_read_from_its_twin(tied: bool, tmp_path: Pa
     dense = edited(tmp_path / "dense", "llama", double, tie_word_embeddings=tied)
     pruner = pruner_for(dense, tmp_path)
     scores = measure(load_model(dense), pruner.shape, pruner.fitting_NT, batch_size=4, wanted=frozenset({"hidden"}))
-    pruner._scores[frozenset({"hidden"})] = scores
+    pruner.scores[frozenset({"hidden"})] = scores
     found = made(pruner, Cut((0, 1, 2, 3), hidden=tuple(range(48))), tmp_path / "out")
     assert found.kl is not None
     assert found.kl_cut is not None

@@ -80,7 +80,8 @@ class Pruner:
     scratch_dir: Path
     seed: int
     progress: Progress
-    _scores: dict[frozenset[Wanted], Importance] = field(default_factory=dict)
+    scores: dict[frozenset[Wanted], Importance] = field(default_factory=dict)
+    """What was measured, by what was wanted."""
     _chosen: dict[tuple[int, int], list[Keep]] = field(default_factory=dict)
 
     @property
@@ -141,7 +142,7 @@ class Pruner:
     @property
     def all_scores(self) -> Importance | None:
         """All that was measured, of whatever passes; None where nothing was."""
-        measured = list(self._scores.values())
+        measured = list(self.scores.values())
         return functools.reduce(Importance.together, measured) if measured else None
 
     @property
@@ -155,9 +156,9 @@ class Pruner:
 
     def importance(self, wanted: frozenset[Wanted]) -> Importance:
         """Scores of all that is wanted, from one pass over the text."""
-        if wanted not in self._scores:
-            self._scores[wanted] = self._measure(wanted)
-        return self._scores[wanted]
+        if wanted not in self.scores:
+            self.scores[wanted] = self._measure(wanted)
+        return self.scores[wanted]
 
     def layer_choices(self, target: ModelShape) -> list[Keep]:
         """Choices of layers, the likeliest first; one, unless the method is to compare several after repair."""
@@ -240,12 +241,12 @@ class Pruner:
         """Cut and repair the model to the sizes of `target`; of several choices of layers the best after repair."""
         choices = self.layer_choices(target)
         if len(choices) == 1:
-            return self.make(self.cut_for(target, choices[0]), out_dir)
+            return self.make(self.cut_for(target, choices[0]), out_dir, compare=self.config.target is not None)
         best: tuple[Made, Path] | None = None
         for number, layers in enumerate(choices):
             path = self.scratch_dir / f"finalist-{number}"
             shutil.rmtree(path, ignore_errors=True)
-            made = self.make(self.cut_for(target, layers), path)
+            made = self.make(self.cut_for(target, layers), path, compare=True)
             dropped = [i for i in range(self.shape.num_layers) if i not in layers]
             self.progress.log(f"without layers {dropped}: KL {made.kl_cut:.4f}, repaired {made.kl:.4f}")
             if best is None or (made.kl or 0) < (best[0].kl or 0):
@@ -258,8 +259,8 @@ class Pruner:
         _move_into(best[1], out_dir)
         return best[0]
 
-    def make(self, cut: Cut, out_dir: Path) -> Made:
-        """Write what `cut` leaves to `out_dir`, repaired."""
+    def make(self, cut: Cut, out_dir: Path, *, compare: bool = False) -> Made:
+        """Write what `cut` leaves to `out_dir`, repaired; `compare` wants a KL even where nothing can be repaired."""
 
         def report(done: int, total: int) -> None:
             self.progress.update(done, total, "tensors")
@@ -279,13 +280,9 @@ class Pruner:
             if self.config.repair.kinds != "auto" and kinds:
                 raise InputError(f"repair {', '.join(sorted(kinds))}: {self.why_no_search}; give repair: []")
             return Made(cut, target)
-        if not kinds and not self._compares(target):
+        if not kinds and not compare:
             return Made(cut, target)
         return self._repaired(cut, target, kinds, out_dir)
-
-    def _compares(self, target: ModelShape) -> bool:
-        """Whether a KL is wanted even where nothing is repaired: candidates are compared by it."""
-        return self.config.target is not None or len(self.layer_choices(target)) > 1
 
     def _repaired(self, cut: Cut, target: ModelShape, kinds: frozenset[RepairKind], out_dir: Path) -> Made:
         """Repair the checkpoint in `out_dir` in place, as far as it pays."""

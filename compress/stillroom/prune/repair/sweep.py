@@ -37,11 +37,17 @@ from stillroom.recipe import RepairKind
 
 STRENGTHS: dict[RepairKind, tuple[float, ...]] = {
     "fold": (0.003, 0.03),
-    "reconstruct": (0.1, 1.0),
-    "refit": (0.1, 0.5, 3.0),
+    "reconstruct": (0.03, 0.3),
+    "refit": (0.03, 0.2),
     "readout": (0.001, 0.03),
 }
 """Ridge penalties that are tried, relative to the mean of the Gram matrix's diagonal."""
+
+
+PATIENCE = 2
+LEAST_GAIN = 0.003
+"""So many layers in a row that bring less than this share of the KL end the repair until the next cut: what a cut does
+is mended in the few layers after it."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +141,17 @@ class Sweep:
         pair = self.pair
         num_dense = len(pair.dense.layers)
         self.dense = [pair.dense.run(states, range(pair.layers[0])) for states in self.dense]
-        differs = pair.layers[0] > 0 or pair.narrowed or pair.hidden is not None
+        everywhere = pair.narrowed or pair.hidden is not None
+        patience = PATIENCE if everywhere or pair.layers[0] > 0 else 0  # nothing to mend before the first difference
         for layer, source in enumerate(pair.layers):
             following = (*pair.layers, num_dense)[layer + 1]
             seen = [self._dense_layer(states, source, following) for states in self.dense]
-            differs = differs or following > source + 1
-            if differs:  # before the first difference there is nothing to mend
+            if everywhere or following > source + 1:
+                patience = PATIENCE
+            if patience:
+                before = self.kl
                 self._repair_layer(layer, source, following, seen)
+                patience = PATIENCE if self.kl < (1 - LEAST_GAIN) * before else patience - 1
             self.cut = [pair.cut.layer(layer, states) for states in self.cut]
             self.heldout = [pair.cut.layer(layer, states) for states in self.heldout]
             self.dense = [batch.after for batch in seen]
