@@ -86,7 +86,7 @@ class StageKind:
 STAGES: dict[str, StageKind] = {
     "import": StageKind("stillroom.models.importer:run", version=1, writes_model=True),
     "text": StageKind("stillroom.distill.teacher:run", version=1, writes_model=False),
-    "prune": StageKind("stillroom.prune.stage:run", version=1, writes_model=True),
+    "prune": StageKind("stillroom.prune.stage:run", version=2, writes_model=True),
     "distill": StageKind("stillroom.distill.stage:run", version=1, writes_model=True),
     "quantize": StageKind("stillroom.quantize.stage:run", version=1, writes_model=True),
     "verify": StageKind("stillroom.export.verify:run", version=1, writes_model=False),
