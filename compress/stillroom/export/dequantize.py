@@ -33,7 +33,7 @@ from transformers.initialization import no_init_weights
 
 from stillroom.errors import InputError
 from stillroom.models.load import DTYPES, load_model, pick_device
-from stillroom.models.shape import read_config, shape_of
+from stillroom.models.shape import ModelShape, read_config, shape_of
 from stillroom.models.weights import TensorEntry, tensor_entries
 from stillroom.quantize.scheme import linear_modules, matches
 
@@ -100,15 +100,57 @@ def load_fake_quantized(model_dir: Path, *, dtype: torch.dtype | None = None) ->
         return load_model(model_dir, dtype=dtype)
     model, input_scales = _read_model(model_dir, dtype)
     for name in quantization.modules:
-        if quantization.kind == "fp8":
-            scale = input_scales.get(name)
-            if scale is None:
-                raise InputError(f"{model_dir}: {name}.input_scale is missing; export the model again")
-            rounding = _static_rounding(scale.to(model.device))
-        else:
-            rounding = round_tokens_to_int8
+        if quantization.kind == "fp8" and name not in input_scales:
+            raise InputError(f"{model_dir}: {name}.input_scale is missing; export the model again")
+    experts = _expert_names(shape_of(read_config(model_dir), str(model_dir)))
+    for name in quantization.modules:
+        if name in experts:
+            continue
+        rounding = _static_rounding(input_scales[name]) if quantization.kind == "fp8" else round_tokens_to_int8
         model.get_submodule(name).register_forward_pre_hook(_on_input(rounding))
+    for module in dict.fromkeys(experts[name] for name in quantization.modules if name in experts):
+        parent, _, leaf = module.rpartition(".")
+        first = f"{module}.0"  # all experts of a layer share their input scales
+        rounded = RoundedExperts(
+            model.get_submodule(module),
+            _static_rounding(input_scales[f"{first}.gate_proj"]),
+            _static_rounding(input_scales[f"{first}.down_proj"]),
+        )
+        setattr(model.get_submodule(parent), leaf, rounded)
     return model
+
+
+class RoundedExperts(nn.Module):
+    """A layer's experts, as transformers holds them, with the inputs of both their matrices rounded."""
+
+    def __init__(self, experts: Any, before_up: Callable[[Tensor], Tensor], before_down: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.experts = experts
+        self.before_up, self.before_down = before_up, before_down
+
+    def forward(self, hidden_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """N tokens, D hidden channels, K experts of each token. Returns (N, D)."""
+        result_ND = torch.zeros_like(hidden_ND)
+        rounded_ND = self.before_up(hidden_ND)
+        for expert in sorted(set(chosen_NK.flatten().tolist())):
+            tokens, places = torch.where(chosen_NK == expert)
+            gate, up = nn.functional.linear(rounded_ND[tokens], self.experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            inner = self.before_down(self.experts.act_fn(gate) * up)
+            outer = nn.functional.linear(inner, self.experts.down_proj[expert]) * weights_NK[tokens, places, None]
+            result_ND.index_add_(0, tokens, outer.to(result_ND.dtype))
+        return result_ND
+
+
+def _expert_names(shape: ModelShape) -> dict[str, str]:
+    """The module that holds it, for each expert's linear module."""
+    if shape.family.experts is None:
+        return {}
+    modules = shape.spelled_out(shape.family.experts)
+    return {
+        name.removesuffix(".weight"): modules[place.layer]
+        for name, place in shape.places.items()
+        if place.expert is not None and place.layer is not None
+    }
 
 
 def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
@@ -125,7 +167,7 @@ def round_tokens_to_int8(x: Tensor) -> Tensor:
 
 
 def _static_rounding(scale: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: round_to_e4m3(x, scale)
+    return lambda x: round_to_e4m3(x, scale.to(x.device))
 
 
 def _on_input(rounding: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
@@ -168,18 +210,44 @@ def _read_model(model_dir: Path, dtype: torch.dtype | None) -> tuple[PreTrainedM
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or own_dtype)
     model.tie_weights()
     entries = tensor_entries(model_dir)
-    for name, parameter in model.named_parameters():
-        if name not in entries:
-            raise InputError(f"{model_dir} lacks {name}, which its config promises")
-        if entries[name].shape != tuple(parameter.shape):
-            raise InputError(f"{model_dir}: {name} is {entries[name].shape}; its config says {tuple(parameter.shape)}")
-        parameter.copy_(_value(entries, name))
+    _put_in(model, entries, model_dir)
     input_scales = {
         name.removesuffix(INPUT_SCALE): read_tensor(entries, name).float()
         for name in entries
         if name.endswith(INPUT_SCALE)
     }
     return model.to(pick_device()).eval(), input_scales
+
+
+def _put_in(model: PreTrainedModel, entries: Mapping[str, TensorEntry], model_dir: Path) -> None:
+    """Copy every tensor in, multiplied out. Experts lie one by one on disk and are joined in memory."""
+    parts = _parts_of_experts(shape_of(read_config(model_dir), str(model_dir)))
+    for name, parameter in model.named_parameters():
+        for stored, place in parts.get(name, {name: ()}).items():
+            if stored not in entries:
+                raise InputError(f"{model_dir} lacks {stored}, which its config promises")
+            slot = parameter[place]
+            if entries[stored].shape != tuple(slot.shape):
+                raise InputError(
+                    f"{model_dir}: {stored} is {entries[stored].shape}; its config says {tuple(slot.shape)}"
+                )
+            slot.copy_(_value(entries, stored))
+
+
+def _parts_of_experts(shape: ModelShape) -> dict[str, dict[str, tuple[int | slice, ...]]]:
+    """For each parameter that joins experts: the tensors it is made of, and where each goes."""
+    width = shape.moe_intermediate_size
+    rows: dict[str, tuple[str, tuple[slice, ...]]] = {
+        "gate_proj": ("gate_up_proj", (slice(0, width),)),
+        "up_proj": ("gate_up_proj", (slice(width, 2 * width),)),
+        "down_proj": ("down_proj", ()),
+    }
+    parts: dict[str, dict[str, tuple[int | slice, ...]]] = {}
+    for name, module in _expert_names(shape).items():
+        expert, leaf = name.removeprefix(f"{module}.").split(".")
+        joined, part = rows[leaf]
+        parts.setdefault(f"{module}.{joined}", {})[f"{name}.weight"] = (int(expert), *part)
+    return parts
 
 
 def _value(entries: Mapping[str, TensorEntry], name: str) -> Tensor:

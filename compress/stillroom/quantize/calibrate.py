@@ -47,6 +47,9 @@ def modelopt_config(config: Quantize, selection: Selection) -> dict[str, Any]:
     ]
     if reads_text(config):
         entries.append({"quantizer_name": "*input_quantizer", "parent_class": "nn.Linear", "cfg": inputs})
+    for module in selection.experts:  # not an nn.Linear: a weight quantizer for each expert, inputs share one
+        entries.append({"quantizer_name": f"{module}.*_weight_quantizers.*", "cfg": weights})
+        entries.append({"quantizer_name": f"{module}.*_input_quantizer", "cfg": inputs})
     entries += [{"quantizer_name": f"{name}.*_quantizer", "enable": False} for name in selection.ignored]
     if config.kv_cache == "fp8":
         entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": E4M3})

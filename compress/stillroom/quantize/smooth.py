@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.models.shape import ModelShape
+from stillroom.quantize.folds import folds
 
 ALPHA = 0.5
 """How much of the difficulty moves: 0 none, 1 all. The paper's default."""
@@ -48,26 +49,15 @@ def smooth(model: nn.Module, shape: ModelShape, quantized: Sequence[str], input_
     `input_amax` holds max|x| over the calibration text for each input channel, by module, shape (in,). A linear whose
     input is made for modules that are not quantized as well is left alone: they would see the scaled input too.
     """
-    wanted = set(quantized)
-    smoothed = 0
-    for layer in range(shape.num_layers):
-        prefix = f"{shape.family.layers}.{layer}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        readers_by_norm = {
-            f"{prefix}.input_layernorm": [f"{attention}.{x}_proj" for x in "qkv"],
-            f"{prefix}.post_attention_layernorm": [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
-        }
-        for norm, readers in readers_by_norm.items():
-            if shape.family.norm_offset == 0 and wanted.issuperset(readers):
-                _into_norm(model, norm, readers, input_amax)
-                smoothed += len(readers)
-        if f"{attention}.o_proj" in wanted:
-            _into_values(model, attention, input_amax, shape)
-            smoothed += 1
-        if f"{mlp}.down_proj" in wanted:
-            _into_rows(model, f"{mlp}.up_proj", f"{mlp}.down_proj", input_amax)
-            smoothed += 1
-    return smoothed
+    found = folds(shape, quantized)
+    for fold in found:
+        if fold.kind == "norm":
+            _into_norm(model, fold.maker, fold.readers, input_amax)
+        elif fold.kind == "values":
+            _into_values(model, fold.maker, fold.readers[0], input_amax, shape)
+        else:
+            _into_rows(model, fold.maker, fold.readers[0], input_amax)
+    return sum(len(fold.readers) for fold in found)
 
 
 def smoothing_scales(input_amax: Tensor, weight_amax: Tensor, alpha: float = ALPHA) -> Tensor:
@@ -91,13 +81,13 @@ def _into_norm(model: nn.Module, norm: str, readers: Sequence[str], input_amax: 
     scales_D = smoothing_scales(input_amax[readers[0]], _column_amax(model, readers))
     for reader in readers:
         _scale_columns(model, reader, scales_D)
-    norm_weight_D = _weight(model, norm)
-    norm_weight_D.div_(scales_D.to(norm_weight_D.dtype))
+    _divide_rows(model, norm, scales_D)
 
 
-def _into_values(model: nn.Module, attention: str, input_amax: Mapping[str, Tensor], shape: ModelShape) -> None:
+def _into_values(
+    model: nn.Module, values: str, output: str, input_amax: Mapping[str, Tensor], shape: ModelShape
+) -> None:
     groups, head_dim = shape.num_key_value_heads, shape.head_dim
-    output = f"{attention}.o_proj"
 
     def over_heads(amax_HK: Tensor) -> Tensor:
         return amax_HK.view(groups, -1, head_dim).amax(dim=1).flatten()
@@ -107,7 +97,7 @@ def _into_values(model: nn.Module, attention: str, input_amax: Mapping[str, Tens
         scales_GK.view(groups, 1, head_dim).expand(groups, shape.num_attention_heads // groups, head_dim).flatten()
     )
     _scale_columns(model, output, scales_HK)
-    _divide_rows(model, f"{attention}.v_proj", scales_GK)
+    _divide_rows(model, values, scales_GK)
 
 
 def _into_rows(model: nn.Module, before: str, after: str, input_amax: Mapping[str, Tensor]) -> None:
@@ -122,8 +112,9 @@ def _scale_columns(model: nn.Module, name: str, scales: Tensor) -> None:
 
 
 def _divide_rows(model: nn.Module, name: str, scales: Tensor) -> None:
-    """Divide the output channels of a linear: rows of the weight, and the bias where there is one."""
-    weight, bias = _weight(model, name), model.get_submodule(name).bias
-    weight.div_(scales.to(weight.dtype)[:, None])
+    """Divide what a linear or a norm puts out: rows of the weight, and the bias where there is one."""
+    weight, bias = _weight(model, name), getattr(model.get_submodule(name), "bias", None)
+    scales_rows = scales.to(weight.dtype)
+    weight.div_(scales_rows[:, None] if weight.ndim == 2 else scales_rows)
     if isinstance(bias, Tensor):
         bias.div_(scales.to(bias.dtype))
