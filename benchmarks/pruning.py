@@ -282,15 +282,21 @@ def target(comparison: Comparison) -> None:
     )
     pruner = comparison.pruner()
     pruner.config = pruner.config.model_copy(update={"target": wanted})
-    _, frontier = search_shape(pruner, wanted, str(comparison.source_dir))
+    winner = comparison.scratch / "winner"
+    made, frontier = search_shape(pruner, wanted, str(comparison.source_dir), winner)
     print(frontier.model_dump_json(indent=1), flush=True)
+    comparison.measure_cut(f"winner {json.dumps(frontier.winner.sizes)}", lambda out: _moved(made, winner, out))
     for scored in frontier.candidates:
-        best_of_kind = min(c.kl for c in frontier.candidates if c.cut == scored.cut)
-        if not scored.winner and scored.kl != best_of_kind:
+        if scored.winner or scored.kl != min(c.kl for c in frontier.candidates if c.cut == scored.cut):
             continue
         shape = target_shape(Prune(**scored.sizes), comparison.shape)
-        name = f"{'winner' if scored.winner else 'best'} {scored.cut} {json.dumps(scored.sizes)}"
+        name = f"best {scored.cut} {json.dumps(scored.sizes)}"
         comparison.measure_cut(name, functools.partial(pruner.best, shape))
+
+
+def _moved(made: Made, source: Path, out: Path) -> Made:
+    shutil.move(source, out)
+    return made
 
 
 def parse() -> argparse.Namespace:

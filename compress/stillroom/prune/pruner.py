@@ -256,7 +256,7 @@ class Pruner:
             else:
                 shutil.rmtree(path)
         assert best is not None
-        _move_into(best[1], out_dir)
+        move_files(best[1], out_dir)
         return best[0]
 
     def make(self, cut: Cut, out_dir: Path, *, compare: bool = False) -> Made:
@@ -328,7 +328,8 @@ class Pruner:
         return tick
 
 
-def _move_into(path: Path, out_dir: Path) -> None:
+def move_files(path: Path, out_dir: Path) -> None:
+    """Move what a directory holds into another, and remove it."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for file in path.iterdir():
         shutil.move(file, out_dir / file.name)

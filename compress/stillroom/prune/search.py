@@ -2,7 +2,7 @@
 
 Which shapes fit is shapes.py's, what they cost cost.py's, the order of scoring and the cache of scores frontier.py's.
 Here the scores are made: KL to the dense model on calibration text that neither importance nor repair has seen, after
-repair, and again after a short distillation of the best (Minitron, arXiv 2407.14679, section 4.2, ranks candidates so).
+repair, and again after a short distillation of the best (Minitron, arXiv 2407.14679, ranks candidates so).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stillroom.models.shape import ModelShape
 from stillroom.prune.cost import Hardware, known_hardware
 from stillroom.prune.frontier import Frontier, search
 from stillroom.prune.measure_cpu import kept_cpu
-from stillroom.prune.pruner import Pruner, release_memory
+from stillroom.prune.pruner import Made, Pruner, move_files, release_memory
 from stillroom.prune.shapes import Candidate, candidates, price_target, sizes_of
 from stillroom.recipe import Distill, Target
 
@@ -30,25 +30,23 @@ RERANK_BATCH_TOKENS = 8192
 """Tokens in an optimizer step of the short distillation, where its budget allows eight such steps."""
 
 
-def search_shape(pruner: Pruner, target: Target, source_key: str) -> tuple[ModelShape, Frontier]:
-    """The winner's shape, and everything that was scored.
+def search_shape(pruner: Pruner, target: Target, source_key: str, out_dir: Path) -> tuple[Made, Frontier]:
+    """The winner, written to `out_dir`, and everything that was scored.
 
     Scores are cached under the model's key, the text's hash and all arguments, in stillroom's home, so that another run
     that asks for the same finds them. Raises InputError where no shape meets the target, naming the nearest values.
     """
     pricing = price_target(target, pruner.shape, hardware_of(target))
     found = candidates(pruner.shape, pricing)
-    made_dir = pruner.scratch_dir / "candidate"
+    workshop = _Workshop(pruner, most=max(1, target.rerank))
 
     def score(shape: ModelShape) -> float:
-        shutil.rmtree(made_dir, ignore_errors=True)
-        kl = pruner.best(shape, made_dir).kl
+        kl = workshop.made(shape)[0].kl
         assert kl is not None
         return kl
 
     def rerank(shape: ModelShape) -> float:
-        score(shape)
-        return _after_distillation(pruner, made_dir, target.rerank_tokens)
+        return _after_distillation(pruner, workshop.made(shape)[1], target.rerank_tokens)
 
     def report(done: int, total: int, candidate: Candidate, kl: float) -> None:
         sizes = ", ".join(f"{name} {size}" for name, size in sizes_of(candidate.shape).items())
@@ -67,9 +65,39 @@ def search_shape(pruner: Pruner, target: Target, source_key: str) -> tuple[Model
         num_reranked=target.rerank,
         progress=report,
     )
-    shutil.rmtree(made_dir, ignore_errors=True)
     winner = next(c.shape for c in found if sizes_of(c.shape) == frontier.winner.sizes)
-    return winner, frontier
+    made, path = workshop.made(winner)
+    move_files(path, out_dir)
+    workshop.clear()
+    return made, frontier
+
+
+class _Workshop:
+    """Candidates that were made, of which the best few stay on disk, to be distilled and to be the result."""
+
+    def __init__(self, pruner: Pruner, most: int) -> None:
+        self.pruner, self.most = pruner, most
+        self.folder = pruner.scratch_dir / "candidates"
+        self._made: dict[str, tuple[Made, Path]] = {}
+        self.clear()
+
+    def made(self, shape: ModelShape) -> tuple[Made, Path]:
+        """The candidate of this shape and where it lies; of those that are not among the best few, only until the next
+        one is made."""
+        name = "-".join(str(size) for size in sizes_of(shape).values())
+        if name not in self._made:
+            for other in self._beyond_the_best():
+                shutil.rmtree(self._made.pop(other)[1])
+            path = self.folder / name
+            self._made[name] = self.pruner.best(shape, path), path
+        return self._made[name]
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._made = {}
+
+    def _beyond_the_best(self) -> list[str]:
+        return sorted(self._made, key=lambda name: self._made[name][0].kl or 0.0)[self.most :]
 
 
 def hardware_of(target: Target) -> Hardware | None:

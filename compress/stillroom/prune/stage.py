@@ -7,6 +7,7 @@ layer went and what else could have been.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from typing import Any
@@ -22,8 +23,10 @@ from stillroom.models.load import load_tokenizer
 from stillroom.models.shape import ModelShape
 from stillroom.prune import megatron
 from stillroom.prune.choice import what_to_score
+from stillroom.prune.explain import IMPORTANCE_FILE
 from stillroom.prune.frontier import Frontier, write_frontier
 from stillroom.prune.importance.scores import Importance
+from stillroom.prune.lost import what_went
 from stillroom.prune.pruner import Made, Pruner
 from stillroom.prune.repair.kinds import repair_kinds
 from stillroom.prune.search import search_shape
@@ -34,8 +37,10 @@ from stillroom.stage import Job, StageResult
 
 log = logging.getLogger(__name__)
 
-IMPORTANCE_FILE = "importance.json"
-SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SIZES = (
+    "num_layers", "num_decoder_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_experts", "moe_intermediate_size",
+)  # fmt: skip
 
 
 def run(job: Job) -> StageResult:
@@ -52,10 +57,10 @@ def run(job: Job) -> StageResult:
     frontier = None
     if target is None:
         assert config.target is not None
-        target, frontier = search_shape(pruner, config.target, job.source.key)
-    made = pruner.best(target, job.out_dir)
-    if frontier:
+        made, frontier = search_shape(pruner, config.target, job.source.key, job.out_dir)
         write_frontier(frontier, job.out_dir)
+    else:
+        made = pruner.best(target, job.out_dir)
     scores = pruner.all_scores
     if scores:
         write_atomically(job.out_dir / IMPORTANCE_FILE, json.dumps(score_tables(scores)) + "\n")
@@ -152,6 +157,7 @@ def _details(pruner: Pruner, made: Made, frontier: Frontier | None) -> dict[str,
             }
             for attempt in made.attempts
         ],
+        **what_went(scores, shape, made.cut),
         **_sizes(shape, made.shape),
         "searched_shapes": len(frontier.candidates) if frontier else 0,
         "calibration_samples": len(pruner.windows_NT),
@@ -160,12 +166,26 @@ def _details(pruner: Pruner, made: Made, frontier: Frontier | None) -> dict[str,
 
 
 def _sizes(shape: ModelShape, target: ModelShape) -> dict[str, Any]:
+    named = [size for size in SIZES if size != "num_key_value_heads" or not shape.family.one_key_value_head_a_head]
+    before = {size: number for size in named if (number := getattr(shape, size))}
+    after = {size: getattr(target, size) for size in before}
     return {
-        "sizes_before": {size: getattr(shape, size) for size in SIZES},
-        "sizes_after": {size: getattr(target, size) for size in SIZES},
+        "sizes_before": before,
+        "sizes_after": after,
         "params_before": shape.num_params,
         "params_after": target.num_params,
+        "params_saved_alone": {
+            size: shape.num_params - _with_size(shape, size, after[size]).num_params
+            for size in before
+            if after[size] < before[size]
+        },
     }
+
+
+def _with_size(shape: ModelShape, size: str, number: int) -> ModelShape:
+    if size == "num_attention_heads" and shape.family.one_key_value_head_a_head:
+        return dataclasses.replace(shape, num_attention_heads=number, num_key_value_heads=number)
+    return dataclasses.replace(shape, **{size: number})
 
 
 def score_tables(scores: Importance) -> dict[str, Any]:
