@@ -23,6 +23,9 @@ from stillroom.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stillroom.prune.explain import Explanation
     from stillroom.recipe import Recipe
 
 EXIT_CODES = """
@@ -64,6 +67,7 @@ def cli() -> None:
       stillroom recipes                             what ships
       stillroom doctor                              what this machine can run
       stillroom plan smollm2-135m-cpu               what a run would do; nothing is run
+      stillroom prune smollm2-135m-cpu --explain    only the cut: what goes, and what that costs
       stillroom run smollm2-135m-cpu --out runs/demo
       stillroom serve runs/demo                     an OpenAI-compatible endpoint
       stillroom report runs/demo                    the verdict again
@@ -103,6 +107,65 @@ def run(recipe: str, out: Path, overrides: tuple[str, ...], force: tuple[str, ..
     show_verdict(result.verdict_dir, as_json, note=None if result.ran else "nothing to do: every step is sealed")
     click.echo(f"\nmodel   {out / 'model'}\nreport  {out / 'report.html'}\nserve   stillroom serve {out}", err=True)
     exit_by_verdict(result.verdict_dir)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Run directory, which a later `run` of the same recipe goes on with.  [default: runs/NAME-OF-RECIPE]",
+)
+@SET
+@click.option("--explain", is_flag=True, help="Show what went of every layer and size, and what it cost.")
+@JSON
+def prune(recipe: str, out: Path | None, overrides: tuple[str, ...], explain: bool, as_json: bool) -> None:
+    """Run RECIPE only up to its first prune stage; nothing is verified, evaluated or served.
+
+    With --explain RECIPE may also be a run directory or the artifact of a prune stage, and nothing is run.
+
+    \b
+      stillroom prune smollm2-135m-cpu --out runs/demo --explain
+      stillroom prune runs/demo --explain
+    """
+    from stillroom.artifact import MANIFEST
+    from stillroom.inspection import explain_path
+    from stillroom.pipeline import RUN_FILE
+
+    path = Path(recipe)
+    if (path / RUN_FILE).is_file() or (path / MANIFEST).is_file():
+        if out is not None or overrides:
+            raise InputError(f"{path} is finished, and --out and --set change nothing in it; give its recipe instead")
+        if not explain:
+            raise InputError(f"{path} is no recipe; give --explain to see what was cut there")
+        show_explanations(explain_path(path), as_json)
+        return
+    pruned = _prune(recipe, out, overrides, as_json)
+    if explain:
+        show_explanations(explain_path(pruned), as_json)
+    click.echo(f"pruned  {pruned}", err=True)
+
+
+def _prune(recipe: str, out: Path | None, overrides: tuple[str, ...], as_json: bool) -> Path:
+    """Bring the first prune stage of a recipe to its artifact, and say where that is."""
+    from stillroom.console import make_reporter
+    from stillroom.pipeline import prepare_run_dir, run_plan
+    from stillroom.plan import make_plan
+    from stillroom.preflight import require_runnable
+    from stillroom.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    stage = next((name for name, config in loaded.named_stages() if config.kind == "prune"), None)
+    if stage is None:
+        stages = ", ".join(name for name, _ in loaded.named_stages())
+        raise InputError(f"recipe {loaded.name!r} has no prune stage; its stages: {stages}")
+    plan = make_plan(loaded)
+    run_dir = out or Path("runs") / loaded.name
+    prepare_run_dir(run_dir)
+    require_runnable(plan.up_to(stage), run_dir)
+    reporter = make_reporter(as_json)
+    reporter.events_file = run_dir / "events.jsonl"
+    return run_plan(plan, run_dir, reporter, until=stage).artifacts[stage].path
 
 
 @cli.command()
@@ -397,6 +460,21 @@ def exit_by_verdict(verdict_dir: Path) -> NoReturn:
     """0 when the verdict passed, 3 when it did not."""
     passed = json.loads((verdict_dir / "verdict.json").read_text(encoding="utf-8"))["passed"]
     sys.exit(0 if passed is True else EXIT_GATE_FAILED)
+
+
+def show_explanations(explanations: Sequence[Explanation], as_json: bool) -> None:
+    """A table each, or a JSON line each."""
+    if as_json:
+        for explained in explanations:
+            click.echo(json.dumps({"event": "explanation", "explanation": explained.model_dump(mode="json")}))
+        return
+    from rich.console import Console
+
+    from stillroom.prune.explain_table import render_explanation
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for explained in explanations:
+        console.print(render_explanation(explained))
 
 
 def show_measurements(measurements: Any, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from stillroom.errors import InputError
 from stillroom.models.shape import read_config, shape_of
 from stillroom.models.weights import tensor_entries
 from stillroom.pipeline import RUN_FILE
+from stillroom.prune.explain import Explanation, explain
 
 SHAPE_FIELDS = (
     "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -39,6 +40,24 @@ def inspect_path(path: Path) -> dict[str, Any]:
     if (model_dir / "config.json").is_file():
         facts["model"] = model_facts(model_dir)
     return facts
+
+
+def explain_path(path: Path) -> list[Explanation]:
+    """The explanations behind a path: of a run, all its finished prune stages in order; of a prune artifact, its own.
+
+    Raises InputError where there is none.
+    """
+    if (path / RUN_FILE).is_file():
+        places = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))["artifacts"].values()
+        found = [artifact for place in places if (artifact := open_artifact(path / place)) is not None]
+        pruned = [explain(artifact) for artifact in found if artifact.manifest.kind == "prune"]
+        if not pruned:
+            raise InputError(f"{path} is a run without a finished prune stage; run its recipe with `stillroom prune`")
+        return pruned
+    artifact = open_artifact(path)
+    if artifact is None:
+        raise InputError(f"{path} is no run and no artifact of one; give RUN or RUN/artifacts/prune-KEY")
+    return [explain(artifact)]
 
 
 def model_facts(model_dir: Path) -> dict[str, Any]:

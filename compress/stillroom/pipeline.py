@@ -51,11 +51,13 @@ class RunResult:
         return self.artifacts["verdict"].path
 
 
-def run_plan(plan: Plan, run_dir: Path, reporter: Reporter, *, force: tuple[str, ...] = ()) -> RunResult:
+def run_plan(
+    plan: Plan, run_dir: Path, reporter: Reporter, *, force: tuple[str, ...] = (), until: str | None = None
+) -> RunResult:
     """Bring every step of the plan to a sealed artifact in `run_dir`.
 
-    `force` names steps to run again, with everything that reads them. Raises InputError for a directory that is not
-    ours,
+    With `until` only that step and what it needs; what is sealed of the others stays in the run. `force` names steps
+    to run again, with everything that reads them. Raises InputError for a directory that is not ours,
     EnvironmentCannot when another run holds it, VerifyFailed when a checkpoint does not pass its verification.
     """
     prepare_run_dir(run_dir)
@@ -64,19 +66,23 @@ def run_plan(plan: Plan, run_dir: Path, reporter: Reporter, *, force: tuple[str,
         write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False))
         artifacts: dict[str, Artifact] = {}
         ran: list[str] = []
-        total = len(plan.steps)
-        for number, step in enumerate(plan.steps, 1):
+        wanted = [step.name for step in (plan.up_to(until) if until else plan).steps]
+        for step in plan.steps:
             artifact = cached(step, run_dir)
             if artifact is None:
+                if step.name not in wanted:
+                    continue
                 ran.append(step.name)
-                artifact = run_step(step, artifacts, run_dir, reporter, f"{number}/{total}")
+                number = f"{wanted.index(step.name) + 1}/{len(wanted)}"
+                artifact = run_step(step, artifacts, run_dir, reporter, number)
             else:
                 reporter.cached(step.name, artifact)
             artifacts[step.name] = artifact
             link_results(plan, artifacts, run_dir)
-            if step.kind == "verify":
+            if step.kind == "verify" and step.name in wanted:
                 require_verified(step.name, artifact)
-        discard_finished_work(run_dir)
+        if until is None:
+            discard_finished_work(run_dir)
         return RunResult(run_dir, artifacts, tuple(ran))
 
 

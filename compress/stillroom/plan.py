@@ -9,6 +9,7 @@ again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from stillroom import text
-from stillroom.artifact import Artifact, artifact_key, open_artifact
+from stillroom.artifact import Artifact, artifact_key, file_sha256, open_artifact
 from stillroom.models.source import ResolvedSource, resolve
-from stillroom.recipe import Distill, Quantize, Recipe, TextSource
+from stillroom.prune.correction import load_table
+from stillroom.recipe import Distill, Prune, Quantize, Recipe, TextSource
 from stillroom.stage import STAGES, canonical_config
 from stillroom.verdict.config import VerdictConfig
 
@@ -55,6 +57,14 @@ class Plan:
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)
 
+    def up_to(self, name: str) -> Plan:
+        """This step, and the steps that it needs."""
+        needed = {name}
+        for step in reversed(self.steps):
+            if step.name in needed:
+                needed |= set(step.inputs.values())
+        return dataclasses.replace(self, steps=tuple(step for step in self.steps if step.name in needed))
+
 
 @dataclass
 class _Builder:
@@ -75,7 +85,7 @@ class _Builder:
     ) -> str:
         inputs = inputs or {}
         seed = self.recipe.seed if seed is None else seed
-        determined: dict[str, Any] = {"config": canonical_config(config), "seed": seed}
+        determined: dict[str, Any] = {"config": _by_content(config), "seed": seed}
         if fingerprint is not None:
             determined["fingerprint"] = fingerprint
         if sources:
@@ -105,6 +115,15 @@ class _Builder:
                 self.add(
                     f"text:{role}.{source.label}", "text", source, {"source": "dense"}, seed=self.recipe.seed + offset
                 )
+
+
+def _by_content(config: BaseModel) -> dict[str, Any]:
+    """The config as it determines a result: a file of measured speeds by what it says, not by where it lies."""
+    determined = canonical_config(config)
+    if isinstance(config, Prune) and config.target is not None and config.target.measured is not None:
+        load_table(config.target.measured)  # whatever is wrong with it is said before anything runs
+        determined["target"]["measured"] = file_sha256(config.target.measured)
+    return determined
 
 
 def make_plan(recipe: Recipe) -> Plan:
