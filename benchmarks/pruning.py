@@ -8,6 +8,7 @@ difference in nats per token to the dense model on the same tokens; its standard
     python benchmarks/pruning.py depth MODEL --text FOLDER --out FILE --layers 3 6 9
     python benchmarks/pruning.py width MODEL --text FOLDER --out FILE --cuts intermediate_size=1024 hidden_size=512
     python benchmarks/pruning.py target MODEL --text FOLDER --out FILE --share 0.75
+    python benchmarks/pruning.py table MODEL --text FOLDER --out FILE      prints what is in FILE as Markdown
 
 FOLDER holds text/*.jsonl.gz and eval/wikitext2/validation.jsonl. FILE is written anew after every variant; variants
 that are in it are not measured again.
@@ -301,7 +302,7 @@ def _moved(made: Made, source: Path, out: Path) -> Made:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("depth", "width", "target"))
+    parser.add_argument("what", choices=("depth", "width", "target", "table"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -329,6 +330,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def print_table(path: Path) -> None:
+    """All variants as a Markdown table; losses and KL in nats per token."""
+    rows = {k: v for k, v in json.loads(path.read_text(encoding="utf-8"))["variants"].items() if k != "dense"}
+    texts = list(next(iter(rows.values()))["by_text"])
+    print(f"| variant | excess loss | {' | '.join(texts)} | KL cut | KL repaired | parameters | layers cut |")
+    print("|---|---|" + "---|" * (len(texts) + 4))
+    for name, row in rows.items():
+        kls = [f"{row[key]:.3f}" if row[key] is not None else "" for key in ("kl_cut", "kl")]
+        cells = [name, f"{row['excess']:.3f} ± {row['stderr']:.3f}", *(f"{row['by_text'][t]:.3f}" for t in texts), *kls,
+                 f"{row['params'] / 1e6:.1f} M", " ".join(map(str, row["layers_cut"]))]  # fmt: skip
+        print("| " + " | ".join(cells) + " |")
+
+
 if __name__ == "__main__":
     given = parse()
+    if given.what == "table":
+        print_table(given.out)
+        raise SystemExit
     {"depth": depth, "width": width, "target": target}[given.what](Comparison(given))
