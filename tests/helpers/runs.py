@@ -12,6 +12,7 @@ import yaml
 
 from tiny import tiny_checkpoint, tiny_text_file
 
+TINY_SEARCH = {"tokens": 128, "generations": 1, "offspring": 2, "finalists": 2}
 TINY_CALIBRATION = {"samples": 8, "sequence_length": 64, "batch_size": 4}
 
 
@@ -32,7 +33,8 @@ def tiny_recipe(folder: Path, **changes: Any) -> Path:
             "heldout": [{"source": str(tiny_text_file(folder / "heldout.txt", 60)), "name": "heldout"}],
         },
         "stages": [
-            {"kind": "prune", "num_layers": 3, "intermediate_size": 128, "calibration": TINY_CALIBRATION},
+            {"kind": "prune", "num_layers": 3, "intermediate_size": 128, "calibration": TINY_CALIBRATION,
+             "search": TINY_SEARCH},
             {
                 "kind": "distill", "tokens": 2048, "sequence_length": 64, "batch_size": 4, "micro_batch_size": 2,
                 "save_every_steps": 2, "learning_rate": 1e-3,

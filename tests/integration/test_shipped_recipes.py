@@ -36,6 +36,7 @@ def test_a_qwen3_recipe_runs_at_toy_size(recipe: str, tmp_path: Path) -> None:
         f"data={{train: [{train}, {{source: teacher, tokens: 256}}], heldout: [{heldout}]}}",
         *SMALL_CUT[recipe],
         f"stages.0.calibration={SMALL_CALIBRATION}",
+        "stages.0.search={generations: 1, offspring: 2, finalists: 2}",
         "stages.1.tokens=2048",
         "stages.1.sequence_length=64",
         "stages.1.batch_size=8",
