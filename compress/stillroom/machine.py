@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 
 GIB = 2**30
+WEIGHTS_SHARE = 0.7
+"""The share of free memory that a model's weights may take; the rest is for activations and everything else."""
 
 
 @dataclass(frozen=True)

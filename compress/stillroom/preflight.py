@@ -7,25 +7,31 @@ activations.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from stillroom.engines.engine import find_engines
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.machine import GIB, Machine, free_disk_bytes, this_machine
 from stillroom.models.shape import ModelShape, shape_of, stored_dtype
-from stillroom.plan import Plan, Step, cached
+from stillroom.plan import ARTIFACTS, Plan, Step, cached
+from stillroom.prune import megatron
 from stillroom.prune.cost import known_hardware
+from stillroom.prune.preview import Preview, preview
 from stillroom.prune.shapes import candidates, price_target
 from stillroom.prune.targets import target_shape
 from stillroom.quality.harness import check_task
 from stillroom.quantize.scheme import select_modules
-from stillroom.recipe import Distill, ModelSource, Prune, Quantize, Target
+from stillroom.recipe import DepthSearch, Distill, ModelSource, Prune, Quantize, Target
 from stillroom.text import HUB
 
 DISTILL_BYTES_PER_PARAM = 18
@@ -49,6 +55,8 @@ class StepOutlook:
     memory_bytes: int | None = None
     disk_bytes: int = 0
     """The most that the step has on disk, scratch included."""
+    prune: Preview | None = None
+    """What a prune stage will do."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Outlook:
                     "weight_bytes": row.weight_bytes,
                     "memory_bytes_at_least": row.memory_bytes,
                     "disk_bytes_at_most": row.disk_bytes,
+                    **({"prune": row.prune.as_json()} if row.prune else {}),
                 }
                 for row in self.steps
             ],
@@ -84,8 +93,15 @@ class Outlook:
         kept = sum(row.weight_bytes or 0 for row in todo if row.disk_bytes)
         return kept + max((row.disk_bytes - (row.weight_bytes or 0) for row in todo if row.disk_bytes), default=0)
 
-    def render(self) -> Table:
-        """A table for the terminal."""
+    def render(self) -> RenderableType:
+        """For the terminal: a table, and what each prune stage will do."""
+        said: list[RenderableType] = [self._table()]
+        for row in self.steps:
+            if row.prune is not None:
+                said += [Text(row.step.name, "bold"), Padding(Text("\n".join(row.prune.lines())), (0, 0, 1, 2))]
+        return Group(*said)
+
+    def _table(self) -> Table:
         todo = sum(not row.cached for row in self.steps)
         table = Table(
             title=f"{self.plan.recipe.name}: {todo} of {len(self.steps)} steps to run, "
@@ -123,7 +139,8 @@ def outlook(plan: Plan, run_dir: Path | None) -> Outlook:
         elif step.kind in ("prune", "distill", "quantize"):
             _carry_shape(step, shapes, schemes)
         is_cached = run_dir is not None and cached(step, run_dir) is not None
-        rows.append(_costs(plan, step, is_cached, shapes, schemes))
+        row = _costs(plan, step, is_cached, shapes, schemes)
+        rows.append(dataclasses.replace(row, prune=_preview(plan, step, run_dir, shapes, schemes)))
     return Outlook(plan, tuple(rows))
 
 
@@ -140,6 +157,8 @@ def require_runnable(plan: Plan, run_dir: Path) -> None:
             check_task(task)
     if "bench" in kinds and plan.recipe.bench is not None:
         _require_engine(plan.recipe.bench.engine)
+    if any(isinstance(row.step.config, Prune) and row.step.config.backend == "megatron" for row in todo):
+        megatron.require_image()
     machine = this_machine()
     for row in todo:
         _require_memory(row, machine)
@@ -173,6 +192,26 @@ def _carry_shape(step: Step, shapes: dict[str, ModelShape], schemes: dict[str, s
     shapes[step.name] = shape
 
 
+def _preview(
+    plan: Plan, step: Step, run_dir: Path | None, shapes: Mapping[str, ModelShape], schemes: Mapping[str, str]
+) -> Preview | None:
+    """What a prune stage will do, where its model's config is known."""
+    source = step.inputs.get("source", "")
+    if not isinstance(step.config, Prune) or source not in shapes:
+        return None
+    artifacts = (run_dir or Path("RUN")) / ARTIFACTS
+    imported = plan.sources.get(source)
+    source_dir = artifacts / plan.step(source).dir_name
+    if imported is not None and imported.kind == "directory" and imported.path is not None:
+        source_dir = imported.path
+    try:
+        return preview(
+            step.config, shapes[source], source_dir, artifacts / step.dir_name, this_machine(), schemes[source]
+        )
+    except InputError as error:
+        raise InputError(f"stage {step.name!r}: {error}") from error
+
+
 def _largest_candidate(target: Target, shape: ModelShape) -> ModelShape:
     """The largest shape that the search for a target could take. This CPU's speeds are not measured for a plan: for
     them the dense shape is the bound."""
@@ -197,6 +236,8 @@ def _costs(
     disk = weights or 0
     if step.kind == "import" and plan.sources[step.name].kind == "directory":
         disk = 0
+    if isinstance(step.config, ModelSource) and plan.sources[step.name].kind != "gguf" and step.config.dtype == "auto":
+        memory = None  # its files are hashed where they lie
     if own is not None and isinstance(step.config, Distill):
         vocab_chunk = 3 * 4 * step.config.chunk_tokens * own.vocab_size
         memory = bytes_of("dense") + own.num_params * DISTILL_BYTES_PER_PARAM + vocab_chunk
@@ -237,12 +278,20 @@ def _require_engine(name: str) -> None:
 
 def _require_memory(row: StepOutlook, machine: Machine) -> None:
     needed = row.memory_bytes or 0
+    if isinstance(row.step.config, Prune) and _runs_from_disk(row.step.config):
+        return
     if needed > machine.model_memory_bytes:
         where = machine.gpus[0].name if machine.gpus else "this machine"
         raise EnvironmentCannot(
             f"step {row.step.name!r} needs at least {needed / GIB:.1f} GiB for weights and optimizer; {where} has "
             f"{machine.model_memory_bytes / GIB:.1f} GiB"
         )
+
+
+def _runs_from_disk(config: Prune) -> bool:
+    """Whether a prune stage can do without the whole model in memory: nothing is asked for that runs all of it."""
+    searched = config.target is not None or config.depth_importance in get_args(DepthSearch)
+    return not searched and config.repair.kinds in ("auto", ())
 
 
 def _reads(step: Step) -> str:

@@ -29,15 +29,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from stillroom.errors import EnvironmentCannot
-from stillroom.machine import this_machine
+from stillroom.machine import WEIGHTS_SHARE, this_machine
 from stillroom.models.blocks import Blocks
 from stillroom.models.load import DTYPES, pick_device
 from stillroom.models.shape import ModelShape
 from stillroom.models.tensors import TORCH_DTYPES, read_tensor
 from stillroom.models.weights import TensorEntry, family_entries, tensor_entries
 
-WEIGHTS_SHARE = 0.7
-"""The share of free memory that a model's weights may take; the rest is for activations and everything else."""
 STATES_SHARE = 0.1
 """The share of free memory that the hidden states of all windows may take before they go to a file."""
 

@@ -239,6 +239,8 @@ def _check_config(config: Prune, shape: ModelShape) -> None:
             raise InputError(f"backend: megatron ranks by Minitron's own scores; leave {field} out (it is {only!r})")
     if "search" in config.model_fields_set:
         raise InputError("backend: megatron does not search for the layers to keep; leave `search` out")
+    if config.repair.kinds not in ("auto", ()):
+        raise InputError("backend: megatron does not repair what it cuts; leave `repair` out")
     if config.drop_layers is not None:
         raise InputError("backend: megatron chooses the layers itself; give num_layers instead of drop_layers")
     fields = [field for field in shape.family.per_layer_lists if field != "layer_types" and shape.config.get(field)]

@@ -10,7 +10,7 @@ from stillroom.recipe import Repair, RepairKind
 
 def repair_kinds(repair: Repair, shape: ModelShape, target: ModelShape) -> frozenset[RepairKind]:
     """What `repair` asks for. Raises InputError where it names what cannot be done, and why."""
-    reasons = {kind: _forbidden(kind, shape, target) for kind in ("fold", "reconstruct", "refit", "readout")}
+    reasons = {kind: forbidden(kind, shape, target) for kind in ("fold", "reconstruct", "refit", "readout")}
     if repair.kinds == "auto":
         return frozenset(kind for kind, reason in reasons.items() if reason is None)  # type: ignore[misc]
     for kind in repair.kinds:
@@ -20,7 +20,7 @@ def repair_kinds(repair: Repair, shape: ModelShape, target: ModelShape) -> froze
     return frozenset(repair.kinds)
 
 
-def _forbidden(kind: str, shape: ModelShape, target: ModelShape) -> str | None:
+def forbidden(kind: str, shape: ModelShape, target: ModelShape) -> str | None:
     """Why this cannot be done, or None."""
     family = shape.family
     if family.task != "causal_lm":
