@@ -93,13 +93,13 @@ def run(recipe: str, out: Path, overrides: tuple[str, ...], force: tuple[str, ..
     fails.
     """
     from stillroom.console import make_reporter
-    from stillroom.pipeline import prepare_run_dir, run_plan
+    from stillroom.pipeline import check_run_dir, run_plan
     from stillroom.plan import make_plan
     from stillroom.preflight import require_runnable
     from stillroom.recipe import load_recipe
 
     plan = make_plan(load_recipe(recipe, overrides))
-    prepare_run_dir(out)
+    check_run_dir(out)
     require_runnable(plan, out)
     reporter = make_reporter(as_json)
     reporter.events_file = out / "events.jsonl"
@@ -149,7 +149,7 @@ def prune(recipe: str, out: Path | None, overrides: tuple[str, ...], explain: bo
 def _prune(recipe: str, out: Path | None, overrides: tuple[str, ...], as_json: bool) -> Path:
     """Bring the first prune stage of a recipe to its artifact, and say where that is."""
     from stillroom.console import make_reporter
-    from stillroom.pipeline import prepare_run_dir, run_plan
+    from stillroom.pipeline import check_run_dir, run_plan
     from stillroom.plan import make_plan
     from stillroom.preflight import require_runnable
     from stillroom.recipe import load_recipe
@@ -161,7 +161,7 @@ def _prune(recipe: str, out: Path | None, overrides: tuple[str, ...], as_json: b
         raise InputError(f"recipe {loaded.name!r} has no prune stage; its stages: {stages}")
     plan = make_plan(loaded)
     run_dir = out or Path("runs") / loaded.name
-    prepare_run_dir(run_dir)
+    check_run_dir(run_dir)
     require_runnable(plan.up_to(stage), run_dir)
     reporter = make_reporter(as_json)
     reporter.events_file = run_dir / "events.jsonl"

@@ -155,15 +155,20 @@ def require_verified(name: str, artifact: Artifact) -> None:
 
 def prepare_run_dir(run_dir: Path) -> None:
     """Make the directory, or check that it is a run of ours. Raises InputError when it holds something else."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"--out {run_dir} is a file; give a new directory or one of an earlier run")
-    if run_dir.is_dir() and not (run_dir / RUN_FILE).exists() and any(run_dir.iterdir()):
-        raise InputError(f"--out {run_dir} is not empty and holds no run of stillroom; give a new directory")
+    check_run_dir(run_dir)
     if not (run_dir / RUN_FILE).exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(
             run_dir / RUN_FILE, json.dumps({"schema_version": 1, "recipe": None, "final": None, "artifacts": {}}) + "\n"
         )
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raise InputError for what is neither new nor a run of ours."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"--out {run_dir} is a file; give a new directory or one of an earlier run")
+    if run_dir.is_dir() and not (run_dir / RUN_FILE).exists() and any(run_dir.iterdir()):
+        raise InputError(f"--out {run_dir} is not empty and holds no run of stillroom; give a new directory")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from stillroom.prune.targets import target_shape
 from stillroom.quality.harness import check_task
 from stillroom.quantize.scheme import select_modules
 from stillroom.recipe import DepthSearch, Distill, ModelSource, Prune, Quantize, Target
+from stillroom.refusals import check_step, check_tensors, check_weights_and_text
 from stillroom.text import HUB
 
 DISTILL_BYTES_PER_PARAM = 18
@@ -126,6 +127,7 @@ class Outlook:
 
 def outlook(plan: Plan, run_dir: Path | None) -> Outlook:
     """Sizes and costs of every step. Raises InputError for sizes that the model cannot be cut or quantized to."""
+    check_tensors(plan)
     shapes: dict[str, ModelShape] = {}
     schemes: dict[str, str] = {}
     rows = []
@@ -138,6 +140,7 @@ def outlook(plan: Plan, run_dir: Path | None) -> Outlook:
             schemes[step.name] = stored_dtype(config or {}) if asked == "auto" else asked
         elif step.kind in ("prune", "distill", "quantize"):
             _carry_shape(step, shapes, schemes)
+        check_step(step, shapes)
         is_cached = run_dir is not None and cached(step, run_dir) is not None
         row = _costs(plan, step, is_cached, shapes, schemes)
         rows.append(dataclasses.replace(row, prune=_preview(plan, step, run_dir, shapes, schemes)))
@@ -167,6 +170,7 @@ def require_runnable(plan: Plan, run_dir: Path) -> None:
             f"{run_dir} needs {view.disk_bytes / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; free some or "
             f"give --out elsewhere"
         )
+    check_weights_and_text(plan, [row.step for row in todo])
 
 
 def _carry_shape(step: Step, shapes: dict[str, ModelShape], schemes: dict[str, str]) -> None:
@@ -216,7 +220,9 @@ def _largest_candidate(target: Target, shape: ModelShape) -> ModelShape:
     """The largest shape that the search for a target could take. This CPU's speeds are not measured for a plan: for
     them the dense shape is the bound."""
     if target.hardware == "cpu":
-        return shape
+        without_speed = {"hardware": None, "latency_ms": None, "throughput": None, "measured": None}
+        sizes_alone = target.model_copy(update=without_speed)
+        return _largest_candidate(sizes_alone, shape) if sizes_alone.given() else shape
     hardware = known_hardware()[target.hardware] if target.hardware else None
     found = candidates(shape, price_target(target, shape, hardware))
     return max((candidate.shape for candidate in found), key=lambda candidate: candidate.num_params)

@@ -174,7 +174,7 @@ def test_the_same_job_writes_the_same_bytes(tmp_path: Path) -> None:
             200,
             "beyond the model's 2048",
         ),
-        ({"num_layers": 2, "calibration": Calibration(samples=1, sequence_length=2000)}, 1, "a window needs 2000"),
+        ({"num_layers": 2, "calibration": Calibration(samples=2, sequence_length=2000)}, 1, "a window needs 2000"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(

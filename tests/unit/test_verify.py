@@ -267,7 +267,7 @@ def test_text_shorter_than_a_window_is_one_short_window(dense: Path, tmp_path: P
 
 
 def test_a_window_longer_than_the_context_is_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="exceeds the model's context of 2048"):
+    with pytest.raises(InputError, match="beyond the model's 2048 positions"):
         verified(dense, dense, tmp_path, config=Verify(sequence_length=2049))
 
 

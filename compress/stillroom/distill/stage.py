@@ -21,7 +21,7 @@ from stillroom.distill.train import BYTES_PER_PARAM, Point, Student, mean_kl, tr
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.export.checkpoint import save_checkpoint
 from stillroom.models.load import load_model, load_tokenizer
-from stillroom.models.shape import ModelShape, read_config, shape_of
+from stillroom.models.shape import ModelShape, read_config, require_decoder, shape_of
 from stillroom.recipe import Distill
 from stillroom.stage import Job, StageResult
 from stillroom.text import check_text
@@ -71,6 +71,7 @@ def _check(
     teacher_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     config: Distill = job.config
+    require_decoder(shape, "distillation", "leave the stage out")
     if shape.vocab_size != teacher_shape.vocab_size:
         raise InputError(
             f"the student has {shape.vocab_size} tokens, the teacher {teacher_shape.vocab_size}; "
@@ -81,11 +82,7 @@ def _check(
             f"the tokenizers of student ({job.source.model_dir}) and teacher ({job.dense.model_dir}) differ; "
             "a student is distilled from the model it was cut from"
         )
-    longest = shape.config.get("max_position_embeddings")
-    if longest is not None and config.sequence_length > longest:
-        raise InputError(
-            f"sequence_length {config.sequence_length} is beyond the model's {longest} positions; lower it"
-        )
+    shape.check_length(config.sequence_length, "sequence_length")
     for source in job.text:
         check_text(source)
     # the checkpoint that is being written beside the one before, and the result

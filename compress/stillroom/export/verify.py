@@ -1,6 +1,7 @@
 """The verify stage: open what was exported again from disk, and compare it with the model it came from.
 
     static     every tensor, scale and companion is there and sane (checks.py)
+    opening    for what does not generate: its own class finds every tensor, logits are finite (opening.py)
     drift      KL(reference || this) and top-1 agreement on held-out text (drift.py)
     writing    greedy continuations of held-out text, which must not all have become loops
 
@@ -31,8 +32,10 @@ from stillroom.errors import InputError
 from stillroom.export.checks import Fact, check_checkpoint
 from stillroom.export.dequantize import load_fake_quantized
 from stillroom.export.drift import Drift, greedy, is_degenerate, measure_drift, save_logits, until_end
+from stillroom.export.opening import opening_facts
+from stillroom.models.family import Family
 from stillroom.models.load import load_tokenizer
-from stillroom.models.shape import read_config
+from stillroom.models.shape import read_config, shape_of
 from stillroom.recipe import Verify
 from stillroom.stage import Job, StageResult
 
@@ -62,9 +65,12 @@ def run(job: Job) -> StageResult:
     details: dict[str, Any] = {"passed": False, "failures": failures, "facts": [asdict(fact) for fact in facts]}
     if failures:  # a broken checkpoint is not run: what came out would mean nothing
         return StageResult(measurements=(_passed(False),), details=details)
-    _check_context(model_dir, config)
+    shape = shape_of(read_config(model_dir), str(model_dir))
+    shape.check_length(config.sequence_length, "verify.sequence_length")
     tokenizer = load_tokenizer(model_dir)
     windows = heldout_windows(job, tokenizer, config)
+    if shape.family.task != "causal_lm":
+        return _verify_opening(job, shape.family, windows, facts)
     prompts = held_out_prompts(windows)
     end_tokens = _end_tokens(tokenizer)
 
@@ -90,13 +96,18 @@ def run(job: Job) -> StageResult:
     return StageResult(tokens=tokens, measurements=(*_measured(drift), _passed(not failures)), details=details)
 
 
-def _check_context(model_dir: Path, config: Verify) -> None:
-    context = read_config(model_dir).get("max_position_embeddings")
-    if context is not None and config.sequence_length > context:
-        raise InputError(
-            f"verify.sequence_length {config.sequence_length} exceeds the model's context of {context} tokens; "
-            f"use at most {context}"
-        )
+def _verify_opening(job: Job, family: Family, windows: Sequence[Tensor], facts: list[Fact]) -> StageResult:
+    """What can be asked of a model that does not generate."""
+    total = len(windows)
+    facts = facts + opening_facts(
+        job.source.model_dir, family, windows, lambda done: job.progress.update(done, total, "windows")
+    )
+    failures = [f"{fact.check}: {fact.found}" for fact in facts if not fact.ok]
+    job.progress.log(f"{family.architecture} opens and runs" if not failures else failures[0])
+    details = {
+        "passed": not failures, "failures": failures, "facts": [asdict(fact) for fact in facts], "judged": False,
+    }  # fmt: skip
+    return StageResult(sum(map(len, windows)), (_passed(not failures),), details)
 
 
 def _ask_reference(
@@ -254,8 +265,11 @@ def verify_directory(path: Path) -> Report:
     if not all(fact.ok for fact in facts):
         return Report(path, tuple(facts))
     tokenizer = load_tokenizer(model_dir)
-    model = load_fake_quantized(model_dir)
     prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROMPTS]
+    family = shape_of(read_config(model_dir), str(model_dir)).family
+    if family.task != "causal_lm":
+        return Report(path, (*facts, *opening_facts(model_dir, family, prompts)))
+    model = load_fake_quantized(model_dir)
     with torch.inference_mode():
         finite = bool(model(prompts[0][None].to(model.device)).logits.isfinite().all())
     facts.append(Fact("the model runs, logits finite", finite, "yes" if finite else "NaN or infinite logits"))

@@ -138,6 +138,8 @@ class Family(Described):
     supported_values: dict[str, tuple[Any, ...]] = {}
     """Fields of config.json that must have one of these values; another one is a variant that this description does
     not fit."""
+    positions_follow_padding: bool = False
+    """Positions are looked up from pad_token_id + 1 on, so that so many fewer can be used."""
     norm: Literal["rms", "layer"] = "rms"
     """What `hidden_norms` are. `layer`: they subtract the mean first, and have biases."""
     hidden_norms: tuple[str, ...]

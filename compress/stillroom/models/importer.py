@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.export.checkpoint import finish_config, save_checkpoint
 from stillroom.home import offline
+from stillroom.models.finite import check_finite
 from stillroom.models.load import DTYPES, load_model
 from stillroom.models.shape import read_config, stored_dtype
 from stillroom.models.source import EMBEDDED, EMBEDDED_ORIGIN, checked_config, model_file_hashes, resolve
@@ -45,6 +46,7 @@ def run(job: Job) -> StageResult:
         job.progress.log(f"fetching {source.source} from the hub, as far as it is not in the local cache")
     model_dir = found.path or fetch(source)
     checked_config(model_dir)
+    check_finite(model_dir)
     details = {"origin": source.source, "source": source.source}
     if found.kind == "hub":
         details["revision"] = model_dir.name  # the hub's cache names a snapshot by its commit
@@ -69,6 +71,7 @@ def convert_gguf(path: Path, out_dir: Path, source: ModelSource) -> None:
     tokenizer.save_pretrained(out_dir)
     finish_config(out_dir)
     checked_config(out_dir)
+    check_finite(out_dir)
 
 
 def fetch(source: ModelSource) -> Path:

@@ -18,6 +18,7 @@ from transformers import (
 from stillroom.errors import InputError
 from stillroom.models.family import family_of
 from stillroom.models.shape import read_config
+from stillroom.models.source import require_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,9 +61,5 @@ def load_model(
 
 def load_tokenizer(model_dir: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in the checkpoint directory. Raises InputError where there is none."""
-    if not any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(
-            f"{model_dir} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy it from the "
-            f"original model"
-        )
+    require_tokenizer(model_dir)
     return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)

@@ -62,9 +62,20 @@ class ModelShape:
     @property
     def num_positions(self) -> int | None:
         """The longest sequence that the config allows; None where it says nothing."""
-        return next(
-            (self.config[n] for n in self.family.config_names("num_positions") if self.config.get(n) is not None), None
-        )
+        names = self.family.config_names("num_positions")
+        given = next((self.config[name] for name in names if self.config.get(name) is not None), None)
+        if given is None or not self.family.positions_follow_padding:
+            return given
+        padding = self.config.get("pad_token_id", self.family.config_defaults.get("pad_token_id"))
+        return int(given) - (0 if padding is None else int(padding) + 1)
+
+    def check_length(self, sequence_length: int, what: str) -> None:
+        """Raise InputError for a sequence that is longer than the model has positions; `what` names it."""
+        if self.num_positions is not None and sequence_length > self.num_positions:
+            raise InputError(
+                f"{what} {sequence_length} is beyond the model's {self.num_positions} positions; give at most "
+                f"{self.num_positions}"
+            )
 
     def axis_size(self, axis: Axis) -> int:
         """Elements along an axis of a tensor."""
@@ -258,6 +269,12 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
         )
     except KeyError as error:
         raise InputError(f"{where}: config.json lacks {error.args[0]!r}") from None
+
+
+def require_decoder(shape: ModelShape, doing: str, instead: str) -> None:
+    """Raise InputError where `doing` takes a causal language model and this is none; `instead` is what to do."""
+    if shape.family.task != "causal_lm":
+        raise InputError(f"{doing} takes a causal language model, and {shape.family.model_type} is none: {instead}")
 
 
 def _config_size(family: Family, size: Size, config: dict[str, Any], default: int | None = None) -> int:

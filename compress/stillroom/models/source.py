@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,9 @@ EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_ORIGIN = "SmolLM2-135M-Instruct, dequantized from a Q4_1 GGUF file"
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-HASHED_PATTERNS = ("*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja")
+HASHED_PATTERNS = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Any of these makes a tokenizer: the fast one, SentencePiece (Llama's name and T5's), BPE, WordPiece."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,16 @@ def checked_config(model_dir: Path) -> dict[str, Any]:
     if "quantization_config" in config:
         raise InputError(f"{model_dir} is already quantized; give the unquantized model")
     check_weights(model_dir, shape)
-    if not any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(
-            f"{model_dir} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the original's"
-        )
+    require_tokenizer(model_dir)
     return config
+
+
+def require_tokenizer(model_dir: Path) -> None:
+    """Raise InputError where a checkpoint directory has no tokenizer."""
+    if not any((model_dir / name).exists() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it from the original model"
+        )
 
 
 def embedded_gguf() -> Path:
@@ -138,18 +146,22 @@ def directory_fingerprint(model_dir: Path) -> str:
 
 
 def cached_sha256(path: Path) -> str:
-    """sha256 of a file, remembered by path, size, change times and inode, so that a 16 GB model is read once and not
-    each run."""
+    """sha256 of a file, so that a 16 GB model is read once and not each run."""
+    return remembered(path, "hashes.json", file_sha256)
+
+
+def remembered(path: Path, store_name: str, compute: Callable[[Path], str]) -> str:
+    """What `compute` says of a file, remembered in stillroom's home by path, size, change times and inode."""
     stat = path.stat()
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
-    store = home() / "hashes.json"
+    store = home() / store_name
     try:
-        remembered: dict[str, str] = json.loads(store.read_text(encoding="utf-8"))
+        known: dict[str, str] = json.loads(store.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        remembered = {}
-    if key not in remembered:
-        remembered[key] = file_sha256(path)
+        known = {}
+    if key not in known:
+        known[key] = compute(path)
         with contextlib.suppress(OSError):  # a read-only home only costs time
             store.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(store, json.dumps(remembered, indent=0))
-    return remembered[key]
+            write_atomically(store, json.dumps(known, indent=0))
+    return known[key]

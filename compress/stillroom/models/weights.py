@@ -37,7 +37,7 @@ def tensor_entries(model_dir: Path) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint directory. Raises InputError on missing, truncated or contradictory files."""
     entries: dict[str, TensorEntry] = {}
     for file in weight_files(model_dir):
-        for name, entry in _file_entries(file).items():
+        for name, entry in file_entries(file).items():
             if name in entries:
                 raise InputError(f"{model_dir}: tensor {name} is in both {entries[name].file.name} and {file.name}")
             entries[name] = entry
@@ -95,7 +95,19 @@ def check_weights(model_dir: Path, shape: ModelShape) -> None:
             raise InputError(f"{model_dir}: {name} has shape {entries[name].shape}; its config says {wanted}")
 
 
-def _file_entries(file: Path) -> dict[str, TensorEntry]:
+def check_known(model_dir: Path, shape: ModelShape) -> None:
+    """Raise InputError where a checkpoint holds tensors that its family does not have: a variant with more modules."""
+    known = {*shape.places, *shape.family.tied_tensors}
+    names = family_entries(model_dir, shape.family)
+    if unknown := [name for name in names if name not in known and not shape.family.is_ignored(name)]:
+        raise InputError(
+            f"{model_dir} holds {len(unknown)} tensors that a {shape.family.model_type} model with its config does not "
+            f"have: {', '.join(unknown[:5])}; they would be lost, so this checkpoint cannot be pruned"
+        )
+
+
+def file_entries(file: Path) -> dict[str, TensorEntry]:
+    """Every tensor of one safetensors file. Raises InputError where the file is truncated or damaged."""
     header, data_start = _header(file)
     data_bytes = file.stat().st_size - data_start
     entries = {}

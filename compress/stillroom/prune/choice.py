@@ -13,23 +13,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from stillroom.models.shape import ModelShape
+from stillroom.prune.allowed import what_to_score
 from stillroom.prune.cut import Cut, PerLayer
-from stillroom.prune.importance.names import Wanted
 from stillroom.prune.importance.scores import Importance
 from stillroom.prune.width import keep_heads, strongest
-
-WIDTHS: dict[Wanted, str] = {
-    "ffn": "intermediate_size",
-    "heads": "num_attention_heads",
-    "hidden": "hidden_size",
-    "experts": "num_experts",
-    "expert_ffn": "moe_intermediate_size",
-}
-
-
-def what_to_score(shape: ModelShape, target: ModelShape) -> frozenset[Wanted]:
-    """The widths that there is something to choose in."""
-    return frozenset(what for what, size in WIDTHS.items() if getattr(target, size) < getattr(shape, size))
 
 
 def width_cut(shape: ModelShape, target: ModelShape, layers: Sequence[int], scores: Importance | None) -> Cut:

@@ -22,13 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillroom.distill.losses import Head, head_of
-from stillroom.errors import InputError
+from stillroom.errors import EnvironmentCannot
 from stillroom.export.rewrite import replace_tensors
 from stillroom.models.blocks import Blocks
 from stillroom.models.disk import too_large
 from stillroom.models.load import load_model
 from stillroom.models.shape import ModelShape
-from stillroom.prune.choice import what_to_score, width_cut
+from stillroom.prune.allowed import SEARCHES, what_to_score
+from stillroom.prune.choice import width_cut
 from stillroom.prune.cut import Cut, tensor_cut
 from stillroom.prune.depth_search import (
     DepthScorer,
@@ -51,8 +52,6 @@ from stillroom.prune.surgery import cut_checkpoint
 from stillroom.prune.width import strongest
 from stillroom.recipe import Prune, RepairKind
 from stillroom.stage import Progress
-
-SEARCHES = ("search", "greedy", "evolutionary", "leave_one_out_kl", "leave_one_out_loss")
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,26 @@ class Pruner:
         if too_large(self.source_dir):
             return "the model does not fit in memory"
         return None
+
+    def check_memory(self) -> None:
+        """Say what a model that does not fit in memory is cut without.
+
+        Raises EnvironmentCannot for what was asked for by name and needs all of it in memory.
+        """
+        if not too_large(self.source_dir):
+            return
+        asked = [f"depth_importance {self.config.depth_importance}"] * (self.config.depth_importance in SEARCHES)
+        asked += [f"repair {', '.join(self.config.repair.kinds)}"] * (self.config.repair.kinds not in ("auto", ()))
+        asked += ["target"] * (self.config.target is not None)
+        if asked:
+            raise EnvironmentCannot(
+                f"{self.source_dir} does not fit in memory, and {asked[0]} runs all of it; give sizes, block_influence "
+                "and repair: [], or take a machine with more memory"
+            )
+        self.progress.log(
+            "the model does not fit in memory: importance runs layer by layer from disk, layers are ranked by "
+            f"{self.depth_method} instead of searched, and nothing is repaired"
+        )
 
     @functools.cached_property
     def dense(self) -> PreTrainedModel:
@@ -189,8 +208,7 @@ class Pruner:
 
     def _searched(self, count: int) -> list[Keep]:
         """The choices of the search methods, best first."""
-        if self.why_no_search:
-            raise InputError(f"depth_importance {self.depth_method}: {self.why_no_search}; use block_influence")
+        assert self.why_no_search is None, self.why_no_search
         method = self.depth_method
         if method in ("leave_one_out_kl", "leave_one_out_loss"):
             costs = [a.kl if method == "leave_one_out_kl" else a.loss for a in leave_one_out(self.scorer)]
@@ -277,8 +295,6 @@ class Pruner:
         )
         kinds = repair_kinds(self.config.repair, self.shape, target)
         if self.why_no_search:
-            if self.config.repair.kinds != "auto" and kinds:
-                raise InputError(f"repair {', '.join(sorted(kinds))}: {self.why_no_search}; give repair: []")
             return Made(cut, target)
         if not kinds and not compare:
             return Made(cut, target)

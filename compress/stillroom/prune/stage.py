@@ -22,13 +22,12 @@ from stillroom.machine import this_machine
 from stillroom.models.load import load_tokenizer
 from stillroom.models.shape import ModelShape
 from stillroom.prune import megatron
-from stillroom.prune.choice import what_to_score
+from stillroom.prune.allowed import check_prune, reads_text
 from stillroom.prune.explain import IMPORTANCE_FILE
 from stillroom.prune.frontier import Frontier, write_frontier
 from stillroom.prune.importance.scores import Importance
 from stillroom.prune.lost import what_went
 from stillroom.prune.pruner import Made, Pruner
-from stillroom.prune.repair.kinds import repair_kinds
 from stillroom.prune.search import search_shape
 from stillroom.prune.surgery import source_shape
 from stillroom.prune.targets import target_shape
@@ -49,11 +48,11 @@ def run(job: Job) -> StageResult:
     shape = source_shape(job.source.model_dir)
     if config.backend == "megatron":
         return _by_megatron(job, shape)
+    check_prune(config, shape)
     target = None if config.target is not None else target_shape(config, shape)
-    if target is not None and config.repair.kinds != "auto":
-        repair_kinds(config.repair, shape, target)
-    windows_NT = _windows(job, shape) if _needs_text(config, shape, target) else torch.empty(0, 1, dtype=torch.long)
+    windows_NT = _windows(job) if reads_text(config, shape) else torch.empty(0, 1, dtype=torch.long)
     pruner = Pruner(config, shape, job.source.model_dir, windows_NT, job.scratch_dir, job.seed, job.progress)
+    pruner.check_memory()
     frontier = None
     if target is None:
         assert config.target is not None
@@ -69,23 +68,9 @@ def run(job: Job) -> StageResult:
     return StageResult(tokens=windows_NT.numel() or None, details=details)
 
 
-def _needs_text(config: Prune, shape: ModelShape, target: ModelShape | None) -> bool:
-    """Whether anything is chosen or repaired."""
-    if target is None:
-        return True
-    chosen = bool(what_to_score(shape, target)) or (target.total_layers < shape.total_layers and not config.drop_layers)
-    return chosen or bool(repair_kinds(config.repair, shape, target))
-
-
-def _windows(job: Job, shape: ModelShape) -> Tensor:
+def _windows(job: Job) -> Tensor:
     """Calibration text, (N, T). Raises InputError where it does not fill two windows."""
     calibration = job.config.calibration
-    longest = shape.config.get("max_position_embeddings")
-    if longest is not None and calibration.sequence_length > longest:
-        raise InputError(
-            f"calibration.sequence_length {calibration.sequence_length} is beyond the model's {longest} positions; "
-            f"give at most {longest}"
-        )
     tokenizer = load_tokenizer(job.source.model_dir)
     windows_NT = calibration_windows(job, tokenizer, calibration.sequence_length, calibration.samples)
     if len(windows_NT) < 2:
@@ -185,7 +170,8 @@ def _sizes(shape: ModelShape, target: ModelShape) -> dict[str, Any]:
 def _with_size(shape: ModelShape, size: str, number: int) -> ModelShape:
     if size == "num_attention_heads" and shape.family.one_key_value_head_a_head:
         return dataclasses.replace(shape, num_attention_heads=number, num_key_value_heads=number)
-    return dataclasses.replace(shape, **{size: number})
+    changed: dict[str, Any] = {size: number}
+    return dataclasses.replace(shape, **changed)
 
 
 def score_tables(scores: Importance) -> dict[str, Any]:

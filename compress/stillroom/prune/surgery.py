@@ -25,7 +25,7 @@ from stillroom.export.checkpoint import copy_companions, finish_config
 from stillroom.export.writer import MAX_SHARD_BYTES, NewTensor, write_checkpoint
 from stillroom.models.shape import ModelShape, read_config, shape_of
 from stillroom.models.tensors import read_tensor, row_blocks
-from stillroom.models.weights import TensorEntry, check_weights, family_entries
+from stillroom.models.weights import TensorEntry, check_known, check_weights, family_entries
 from stillroom.prune.cut import Cut, cut_shape, rescales_of, source_places, tensor_cut
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -106,14 +106,8 @@ def cut_checkpoint(
 
 def _check_known(model_dir: Path, shape: ModelShape, entries: Mapping[str, TensorEntry]) -> None:
     """Raise InputError for tensors that the family does not have, or that hold no plain floating point numbers."""
+    check_known(model_dir, shape)
     known = [name for name in shape.places if name in entries]
-    left_behind = shape.family.tied_tensors if shape.tied else ()
-    unknown = [n for n in entries if n not in shape.places and n not in left_behind and not shape.family.is_ignored(n)]
-    if unknown:
-        raise InputError(
-            f"{model_dir} holds {len(unknown)} tensors that a {shape.family.model_type} model with its config does not "
-            f"have: {', '.join(unknown[:5])}; they would be lost, so this checkpoint cannot be pruned"
-        )
     if odd := [name for name in known if entries[name].dtype not in FLOAT_DTYPES]:
         raise InputError(
             f"{model_dir}: {odd[0]} is {entries[odd[0]].dtype}; only {', '.join(FLOAT_DTYPES)} can be pruned: prune "

@@ -89,12 +89,7 @@ def _quantize(job: Job, shape: ModelShape, selection: Selection) -> tuple[dict[s
     windows_NT = None
     if calibrate.reads_text(config):
         wanted = config.calibration
-        context = shape.config.get("max_position_embeddings")
-        if context is not None and wanted.sequence_length > context:
-            raise InputError(
-                f"calibration.sequence_length {wanted.sequence_length} exceeds the model's context of {context} "
-                f"tokens; use at most {context}"
-            )
+        shape.check_length(wanted.sequence_length, "calibration.sequence_length")
         windows_NT = calibration_windows(job, load_tokenizer(source_dir), wanted.sequence_length, wanted.samples)
     model = load_model(source_dir)
     calibrate.calibrate(model, config, selection, windows_NT, job.progress)

@@ -22,6 +22,7 @@ from stillroom.artifact import Artifact, Measurement, write_atomically
 from stillroom.distill.data import heldout_text
 from stillroom.export.dequantize import load_fake_quantized
 from stillroom.models.load import load_tokenizer
+from stillroom.models.shape import read_config, require_decoder, shape_of
 from stillroom.quality.perplexity import score_windows, text_measurements
 from stillroom.quality.scoring import ReportingLM, run_task
 from stillroom.recipe import Evaluate, Task, TextSource
@@ -64,6 +65,8 @@ def measure(
     progress: Progress,
 ) -> tuple[Measurement, ...]:
     """All numbers of one model, each part kept in `scratch_dir` as soon as it is known."""
+    shape = shape_of(read_config(model_dir), str(model_dir))
+    require_decoder(shape, "measuring perplexity and tasks", "set `evaluate: null`")
     subject = _Subject(model_dir, config.batch_size)
     measured: list[Measurement] = []
     for source in text:

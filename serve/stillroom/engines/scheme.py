@@ -10,7 +10,9 @@ from typing import Any
 from stillroom.engines.contract import ServeConfig
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.machine import nvidia_gpus
+from stillroom.models.family import families
 from stillroom.models.shape import read_config
+from stillroom.models.source import require_tokenizer
 
 GIB = 2**30
 
@@ -69,8 +71,12 @@ def check_served(model_dir: Path, config: ServeConfig) -> None:
     content = read_config(model_dir)
     if not any(model_dir.glob("*.safetensors")):
         raise InputError(f"{model_dir} has no *.safetensors; give a finished checkpoint directory")
-    if not any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"{model_dir} has no tokenizer; copy tokenizer.json from the original model")
+    require_tokenizer(model_dir)
+    family = families().get(str(content.get("model_type")))  # engines take more families than can be pruned
+    if family is not None and family.task != "causal_lm":
+        raise InputError(
+            f"{model_dir} cannot be served: engines take causal language models, and {family.model_type} is none"
+        )
     positions = content.get("max_position_embeddings")
     if positions and config.max_model_len > positions and not _rope_is_scaled(content):
         raise InputError(

@@ -31,6 +31,7 @@ from stillroom.distill.losses import Head, head_of
 from stillroom.models.blocks import Blocks
 from stillroom.models.family import Family
 from stillroom.prune.agreement import Comparison, Yardstick
+from stillroom.prune.repair.kinds import has_ffn_output
 from stillroom.prune.repair.ridge import LeastSquares, fold, ridge
 from stillroom.prune.repair.sites import Site, caught, grouped, matrix, oriented, readers_of, set_matrix
 from stillroom.recipe import RepairKind
@@ -205,9 +206,9 @@ class Sweep:
         """Solve for what brings the residual stream to the goals, dense states (B, T, D) after this module."""
         kind: RepairKind = "reconstruct" if self.pair.narrowed else "refit"
         wanted: list[RepairKind] = [k for k in (kind, "fold") if k in self.kinds and (k != "fold" or gap)]
-        if not wanted:
-            return
         family = self.pair.family
+        if not wanted or (role == "ffn" and not has_ffn_output(family)):
+            return
         name = family.attention_output if role == "attention" else family.ffn_output
         module = self.pair.cut.model.get_submodule(name.format(layer=layer))
         weight = matrix(module)
