@@ -466,7 +466,7 @@ def show_explanations(explanations: Sequence[Explanation], as_json: bool) -> Non
     """A table each, or a JSON line each."""
     if as_json:
         for explained in explanations:
-            click.echo(json.dumps({"event": "explanation", "explanation": explained.model_dump(mode="json")}))
+            click.echo(json.dumps({"event": "explanation", "explanation": json.loads(explained.model_dump_json())}))
         return
     from rich.console import Console
 

@@ -92,7 +92,7 @@ STAGES: dict[str, StageKind] = {
     "verify": StageKind("stillroom.export.verify:run", version=1, writes_model=False),
     "evaluate": StageKind("stillroom.quality.stage:run", version=1, writes_model=False),
     "bench": StageKind("stillroom.speed.stage:run", version=1, writes_model=False),
-    "verdict": StageKind("stillroom.verdict.stage:run", version=1, writes_model=False),
+    "verdict": StageKind("stillroom.verdict.stage:run", version=2, writes_model=False),
 }
 
 

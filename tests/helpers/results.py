@@ -134,14 +134,41 @@ def artifact(
 
 def _stage_extras(variant: str) -> dict[str, Any]:
     if variant == "prune":
-        influence = [0.38 * math.exp(-i / 2) + 0.05 + 0.03 * math.sin(i * 1.7) + 0.2 * (i == 29) for i in range(30)]
-        weakest = sorted(sorted(range(30), key=lambda i: influence[i])[:6])
-        return {"details": {"block_influence": influence, "dropped_layers": weakest}, "config": {"num_layers": 24}}
+        return {"details": prune_details(), "config": {"num_layers": 24}, "files": {"importance.json": prune_scores()}}
     if variant == "distill":
         points = [{"step": i, "tokens": 2048 * i, "loss": 0.42 + 1.1 * math.exp(-i / 12) + 0.03 * math.sin(i * 2.1)}
                   for i in range(1, 65)]  # fmt: skip
         return {"files": {"loss.json": points}, "config": {"tokens": 131072, "learning_rate": 1e-4}}
     return {"config": {"scheme": "int8"}} if variant == "int8" else {}
+
+
+def prune_scores() -> dict[str, Any]:
+    """Block influence of 30 layers, as importance.json has it."""
+    wave = [0.38 * math.exp(-i / 2) + 0.05 + 0.03 * math.sin(i * 1.7) + 0.2 * (i == 29) for i in range(30)]
+    return {"calibration_windows": 64, "block_influence": wave}
+
+
+def prune_details() -> dict[str, Any]:
+    """What a prune stage says that searched for 6 of 30 layers, cut a third of the FFN and repaired what it could."""
+    cost = [4.0 if i == 0 else 0.03 + 0.4 * math.exp(-i / 3) + 0.02 * math.sin(i * 2.3) for i in range(30)]
+    dropped = sorted(sorted(range(30), key=lambda i: cost[i])[:6])
+    kept = [i for i in range(30) if i not in dropped]
+    kl, repairs = 0.91, []
+    for number, layer in enumerate(kept[8:16]):
+        after = kl - 0.06 / (1 + number) if number != 3 else kl + 0.01
+        name = f"model.layers.{layer}.mlp.down_proj"
+        repairs.append({"layer": layer, "modules": [name], "kind": "reconstruct", "strength": 0.03, "kl_before": kl,
+                        "kl_after": after, "kept": after < kl})  # fmt: skip
+        kl = min(kl, after)
+    return {
+        "kept_layers": kept, "dropped_layers": dropped, "depth_importance": "search", "width_importance": "minitron",
+        "layer_kl": cost, "kl_cut": 0.91, "kl": kl, "repairs": repairs,
+        "importance_lost": {"ffn": [0.05 + 0.001 * (layer % 7) for layer in kept]}, "hidden_importance_lost": None,
+        "kept_units": {}, "sizes_before": {"num_layers": 30, "intermediate_size": 1536},
+        "sizes_after": {"num_layers": 24, "intermediate_size": 1024}, "params_before": 134_515_008,
+        "params_after": 93_000_000, "params_saved_alone": {"num_layers": 21_240_576, "intermediate_size": 26_542_080},
+        "searched_shapes": 0, "calibration_samples": 64, "calibration_tokens": 131072,
+    }  # fmt: skip
 
 
 def _replaced(

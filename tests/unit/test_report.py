@@ -86,7 +86,7 @@ def test_what_comes_from_outside_is_escaped(verdict: Verdict) -> None:
 def test_plots_are_valid_xml_with_a_title_and_a_description(verdict: Verdict, tmp_path: Path) -> None:
     write_report(verdict, tmp_path)
     files = sorted(path.name for path in tmp_path.glob("*.svg"))
-    assert files == ["influence-prune.svg", "loss-distill.svg", "quality-throughput.svg", "weights.svg"]
+    assert files == ["cut-prune.svg", "loss-distill.svg", "quality-throughput.svg", "weights.svg"]
     for name in files:
         root = ElementTree.parse(tmp_path / name).getroot()
         space = "{http://www.w3.org/2000/svg}"

@@ -162,11 +162,11 @@ def test_perplexities_of_different_tokenizers_are_not_compared(tmp_path: Path) -
     assert verdict.row("int8").notes == ()
 
 
-def test_loss_and_block_influence_come_along_for_the_report(tmp_path: Path) -> None:
+def test_losses_and_explanations_come_along_for_the_report(tmp_path: Path) -> None:
     verdict = verdict_of(tmp_path)
     assert [p.step for p in verdict.losses["distill"]] == list(range(1, 65))
-    assert len(verdict.influence["prune"].scores) == 30
-    assert len(verdict.influence["prune"].dropped) == 6
+    assert len(verdict.prunes["prune"].layers) == 30
+    assert len(verdict.prunes["prune"].dropped) == 6
 
 
 def test_a_long_loss_curve_is_thinned_and_keeps_its_end(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ calibration text; what is reported on other text is `evaluate`'s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def chosen_words(explained: Explanation) -> str:
 def cost_words(explained: Explanation) -> str:
     """The total: parameters, and KL before and after repair."""
     before, after = explained.params_before, explained.params_after
-    words = f"{count(before)} -> {count(after)} parameters ({after / before:.1%})"
+    words = f"{count(before)} to {count(after)} parameters ({after / before:.1%})"
     if explained.kl_cut is None or explained.kl is None:
         return f"{words}; what the cut costs was not measured"
     words += f"; KL to the unpruned model {number(explained.kl_cut)} nats/token"
@@ -86,8 +87,8 @@ def cost_words(explained: Explanation) -> str:
     if not tried:
         return f"{words}, nothing repaired"
     kept = sum(repair.kept for repair in tried)
-    share = f" ({explained.kl / explained.kl_cut - 1:+.0%})" if explained.kl_cut > 0 else ""
-    return f"{words} -> {number(explained.kl)} repaired{share}, {kept} of {len(tried)} repairs kept"
+    share = f" ({explained.kl / explained.kl_cut - 1:+.0%})" if 0 < explained.kl_cut < math.inf else ""
+    return f"{words}, {number(explained.kl)} repaired{share}, {kept} of {len(tried)} repairs kept"
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -179,11 +180,11 @@ def _share_of(axis: str) -> Callable[[LayerCut], str]:
 
 
 def _repairs(layer: LayerCut) -> str:
-    """`fold, refit 1 of 2`: what was kept of each kind, of how many tried."""
+    """`fold, refit 2 of 3`: the kinds that were kept, and how many of all that were tried."""
     if not layer.repairs:
         return ""
     kept = list(dict.fromkeys(repair.kind for repair in layer.repairs if repair.kept))
-    return f"{', '.join([*kept]) or 'none'} {sum(r.kept for r in layer.repairs)} of {len(layer.repairs)}"
+    return f"{', '.join(kept) or 'none'} {sum(r.kept for r in layer.repairs)} of {len(layer.repairs)}"
 
 
 def _number(value: float | None) -> str:

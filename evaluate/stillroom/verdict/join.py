@@ -18,11 +18,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stillroom.artifact import Artifact, Measurement
+from stillroom.prune.explain import explain
 from stillroom.prune.frontier import Frontier, read_frontier
 from stillroom.verdict import columns
 from stillroom.verdict.config import VerdictConfig
 from stillroom.verdict.gates import GateResult, judge
-from stillroom.verdict.verdict import Influence, LossPoint, Role, Row, Standing, Verdict
+from stillroom.verdict.verdict import LossPoint, Role, Row, Standing, Verdict
 
 LOSS_FILE = "loss.json"
 BENCH_FILE = "measurements.json"
@@ -62,7 +63,7 @@ def build_verdict(
         environment=dict(environment),
         seed=seed,
         losses={v: points for v in config.variants if (points := _losses(inputs[v]))},
-        influence={v: found for v in config.variants if (found := _influence(inputs[v]))},
+        prunes={v: explain(inputs[v]) for v in config.variants if inputs[v].manifest.kind == "prune"},
         frontiers={v: tried for v in config.variants if (tried := _frontier(inputs[v]))},
     )
 
@@ -141,14 +142,6 @@ def _losses(artifact: Artifact) -> tuple[LossPoint, ...]:
     step = math.ceil(len(points) / CURVE_POINTS) or 1
     shown = points[::-1][::step][::-1]  # the last one is always among them
     return tuple(LossPoint(step=p["step"], tokens=p["tokens"], loss=p["loss"]) for p in shown)
-
-
-def _influence(artifact: Artifact) -> Influence | None:
-    """The layers' scores of a prune stage that chose by them."""
-    details = artifact.manifest.details
-    if artifact.manifest.kind != "prune" or not details.get("block_influence"):
-        return None
-    return Influence(scores=tuple(details["block_influence"]), dropped=tuple(details["dropped_layers"]))
 
 
 def _frontier(artifact: Artifact) -> Frontier | None:

@@ -9,7 +9,7 @@ was ranked again has a dot, and the winner is filled.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
@@ -29,7 +29,7 @@ font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,san
 .plot .mark.final{fill:var(--accent);stroke:var(--accent)}.plot .mark.baseline{stroke:var(--soft)}
 .plot .dot{fill:var(--cool)}.plot .label,.plot .strong{paint-order:stroke;stroke:var(--paper);stroke-width:4px}
 .plot .bar{fill:var(--cool)}.plot .bar.final{fill:var(--accent)}.plot .bar.baseline{fill:var(--soft)}
-.plot .bar.dropped{fill:var(--accent)}.plot .bar.kept{fill:var(--cool);opacity:.55}
+.plot .bar.dropped{fill:var(--accent)}.plot .bar.kept{fill:var(--cool);opacity:.55}.plot .bar.gain{fill:var(--cool)}
 .plot .paper{fill:var(--paper)}
 """
 
@@ -37,6 +37,8 @@ Look = Literal["dense", "stage", "final", "baseline"]
 
 LETTER = 7.0
 """Width of a letter at 13 px, on average and a little more."""
+LOG_FROM = 30
+"""Columns whose largest is so many times the smallest stand on a logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,21 @@ class Tried:
     """Its label is written beside it."""
     reranked: bool = False
     winner: bool = False
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One value for each layer, or None."""
+
+    label: str
+    values: tuple[float | None, ...]
+    look: Literal["kept", "gain"] = "kept"
+    height: float = 150.0
+    write: Callable[[float], str] = _short
 
 
 @dataclass(frozen=True)
@@ -180,29 +197,63 @@ def curve(points: Sequence[tuple[float, float]], *, plot_id: str, x_label: str, 
     return _svg(plot_id, width, height, title, f"{y_label} from {_short(first)} to {_short(last)}.", body)
 
 
-def columns_by_layer(values: Sequence[float], dropped: Sequence[int], *, plot_id: str, y_label: str, title: str) -> str:
-    """One column for each layer; those that went are told by colour and by a mark below."""
-    width, height, left, right, top, bottom = 560, 280, 66, 16, 30, 52
-    y_ticks = ticks(0, max([*values, 1e-9]))
-    y = _Axis(y_ticks[0], y_ticks[-1], height - bottom, top)
-    slot = (width - left - right) / len(values)
-    every = math.ceil(len(values) / (10 if slot > 8 else 6) / 2) * 2 if len(values) > 12 else 1
-    body = _horizontal(y, y_ticks, left, width - right, y_label)
-    for i, value in enumerate(values):
-        gone = i in dropped
-        x = left + i * slot
-        high = height - bottom - y(max(value, 0.0))
-        place = (
-            f'x="{x + slot * 0.14:.1f}" y="{height - bottom - high:.1f}" width="{slot * 0.72:.1f}" height="{high:.1f}"'
-        )
-        body.append(f'<rect class="bar {"dropped" if gone else "kept"}" {place}/>')
-        if gone:
-            body.append(_text(x + slot / 2, height - bottom + 12, "×", "middle", css="small strong"))
-        if i % every == 0:
-            body.append(_text(x + slot / 2, height - bottom + 26, str(i), "middle", css="small soft"))
-    body.append(_text((left + width - right) / 2, height - 6, "layer (× was cut)", "middle"))
-    gone_words = ", ".join(map(str, dropped)) or "none"
-    return _svg(plot_id, width, height, title, f"{y_label} of {len(values)} layers; cut: {gone_words}.", body)
+def layers(panels: Sequence[Panel], dropped: Sequence[int], *, plot_id: str, x_label: str, title: str) -> str:
+    """One column for each layer, panel under panel; layers that went are told by colour and by a mark below."""
+    width, left, right, gap = 760, 74, 16, 46
+    number = len(panels[0].values)
+    slot = (width - left - right) / number
+    body: list[str] = []
+    top = 30.0
+    for panel in panels:
+        bottom = top + panel.height
+        body += _columns(panel, dropped, left, width - right, top, bottom)
+        top = bottom + gap
+    last = top - gap
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100) if slot * n >= 24)
+    for layer in range(number):
+        middle = left + (layer + 0.5) * slot
+        if layer in dropped:
+            body.append(_text(middle, last + 13, "×", "middle", css="small strong"))
+        if layer % every == 0:
+            body.append(_text(middle, last + 28, str(layer), "middle", css="small soft"))
+    body.append(_text((left + width - right) / 2, last + 48, x_label, "middle"))
+    gone = ", ".join(map(str, dropped)) or "none"
+    hint = f"{'; '.join(panel.label for panel in panels)}, for each of {number} layers; cut: {gone}."
+    return _svg(plot_id, width, last + 56, title, hint, body)
+
+
+def _columns(panel: Panel, dropped: Sequence[int], left: float, right: float, top: float, bottom: float) -> list[str]:
+    """One panel; a layer without a value has no column."""
+    marks, is_log = _marks(panel)
+    place: Callable[[float], float] = math.log10 if is_log else float
+    y = _Axis(place(marks[0]), place(marks[-1]), bottom, top)
+    base = y(place(marks[0] if is_log else 0.0))
+    parts = [_text(6, top - 14, f"{panel.label}{', log scale' if is_log else ''}")]
+    for mark in marks:
+        at = y(place(mark))
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(_text(left - 10, at + 4, panel.write(mark), "end", css="small soft"))
+    slot = (right - left) / len(panel.values)
+    for layer, value in enumerate(panel.values):
+        if value is None:
+            continue
+        end = y(place(min(max(value, marks[0]), marks[-1]))) if math.isfinite(value) else top
+        look = "dropped" if layer in dropped else panel.look
+        said = escape(f"layer {layer}{' (cut)' if layer in dropped else ''}: {panel.write(value)}")
+        box = f'x="{left + (layer + 0.14) * slot:.1f}" y="{min(base, end):.1f}" width="{0.72 * slot:.1f}"'
+        parts.append(f'<g><title>{said}</title><rect class="bar {look}" {box} height="{abs(base - end):.1f}"/></g>')
+    parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{base:.1f}" y2="{base:.1f}"/>')
+    return parts
+
+
+def _marks(panel: Panel) -> tuple[list[float], bool]:
+    """Where the axis has lines, and whether it is logarithmic."""
+    known = [value for value in panel.values if value is not None and math.isfinite(value)] or [0.0]
+    least, most = min(known), max(known)
+    if 0 < least * LOG_FROM < most:
+        powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+        return [10.0**power for power in powers], True
+    return ticks(min(least, 0.0), max(most, 1e-9 if least >= 0 else 0.0), about=4 if panel.height > 100 else 2), False
 
 
 def frontier(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
@@ -333,10 +384,6 @@ def _tick(value: float) -> str:
             scale = 1e3 if unit == "k" else factor
             return f"{value / scale:g}{unit}"
     return f"{value:,g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _clip(label: str, most: int) -> str:

@@ -12,11 +12,14 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from stillroom.artifact import Measurement, write_atomically
+from stillroom.prune.explain import Explanation, LayerCut
+from stillroom.prune.explain_table import AXIS_WORDS, chosen_words, cost_words, method, size_cells
 from stillroom.prune.frontier import Frontier, Scored
 from stillroom.verdict import columns, plots
-from stillroom.verdict.plots import Bar, Look, Point, Tried
+from stillroom.verdict.plots import Bar, Look, Panel, Point, Tried
 from stillroom.verdict.table import all_notes
 from stillroom.verdict.verdict import Row, Verdict
 
@@ -56,6 +59,7 @@ def render_html(verdict: Verdict) -> str:
         _tradeoff(verdict, drawn),
         _baselines(verdict),
         _throughput(verdict),
+        _cuts(verdict, drawn),
         _searches(verdict, drawn),
         _plots(drawn),
         _provenance(verdict),
@@ -104,14 +108,16 @@ def draw(verdict: Verdict) -> dict[str, str]:
             y_label="loss",
             title=f"Loss of {stage}",
         )
-    for stage, influence in verdict.influence.items():
-        drawn[f"influence-{stage}"] = plots.columns_by_layer(
-            influence.scores,
-            influence.dropped,
-            plot_id=f"influence-{stage}",
-            y_label="block influence",
-            title=f"What {stage} cut, and why",
-        )
+    for stage, cut in verdict.prunes.items():
+        if panels := _panels(cut):
+            decoder = next((layer.index for layer in cut.layers if layer.stack == "decoder"), None)
+            drawn[f"cut-{stage}"] = plots.layers(
+                panels,
+                cut.dropped,
+                plot_id=f"cut-{stage}",
+                x_label="layer (× was cut)" if decoder is None else f"layer (× was cut; the decoder from {decoder})",
+                title=f"What {stage} cut, and what it cost",
+            )
     for stage, search in verdict.frontiers.items():
         if tried := _tried(search):
             drawn[f"frontier-{stage}"] = plots.searched(
@@ -259,6 +265,59 @@ def _baselines(verdict: Verdict) -> str:
     return _section("Against the baselines", _words(("baseline", "judgement", "why"), rows))
 
 
+def _cuts(verdict: Verdict, drawn: Mapping[str, str]) -> str:
+    """For each prune stage: what went of every layer and size, and what that cost."""
+    parts = []
+    for stage, cut in verdict.prunes.items():
+        chosen = chosen_words(cut).removeprefix(f"{cut.name}: ")
+        words = f"<p>{escape(chosen[0].upper() + chosen[1:])}. {escape(cost_words(cut))}.</p>"
+        svg = drawn.get(f"cut-{stage}", "")
+        caption = (
+            "Costs are KL to the model before the cut, in nats per token of calibration text; importance is each "
+            "method's own. × below a column: that layer went."
+        )
+        plot = f'<div class="wide" style="overflow-x:auto">{svg}</div><figcaption>{caption}</figcaption>'
+        figure = f'<figure class="card">{plot}</figure>' if svg else ""
+        parts.append(_section(f"What {stage} cut", f'{words}<div class="stack">{figure}{_sizes_table(cut)}</div>'))
+    return "\n".join(parts)
+
+
+def _sizes_table(cut: Explanation) -> str:
+    """Every size that was cut, and their sum."""
+    heads = ["size", "before", "after", "kept", "parameters saved, alone", "importance lost"]
+    rows = [[*size_cells(size)] for size in cut.sizes]
+    kept = f"{cut.params_after / cut.params_before:.0%}"
+    saved = f"{cut.params_before - cut.params_after:,}"
+    rows.append(["parameters", f"{cut.params_before:,}", f"{cut.params_after:,}", kept, saved, ""])
+    body = []
+    for name, *cells in rows:
+        look = ' class="final"' if name == "parameters" else ""
+        cells_html = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        body.append(f'<tr{look}><th scope="row">{escape(name)}</th>{cells_html}</tr>')
+    return _table(heads, body, "Cuts overlap, so together they save less than the sum of what each saves alone.")
+
+
+def _panels(cut: Explanation) -> list[Panel]:
+    """Everything that was measured of the layers."""
+
+    def column(label: str, value: Callable[[LayerCut], float | None], **how: Any) -> list[Panel]:
+        values = tuple(value(layer) for layer in cut.layers)
+        return [Panel(label, values, **how)] if any(v is not None for v in values) else []
+
+    panels = column("KL without this layer alone, nats/token", lambda layer: layer.kl_without)
+    panels += column(method(cut.score_method), lambda layer: layer.score, height=90.0 if panels else 150.0)
+    for axis, words in AXIS_WORDS.items():
+        panels += column(
+            f"share of importance lost: {words}",
+            lambda layer, axis=axis: layer.importance_lost.get(axis),  # type: ignore[misc]
+            height=60.0,
+            write="{:.0%}".format,
+        )
+    if any(layer.gain for layer in cut.layers):
+        panels += column("KL taken back by repair here, nats/token", lambda layer: layer.gain, look="gain", height=90.0)
+    return panels
+
+
 def _searches(verdict: Verdict, drawn: Mapping[str, str]) -> str:
     """For each stage that searched for a target: the plot, and every shape that was tried."""
     parts = []
@@ -329,13 +388,11 @@ def _shape_words(scored: Scored, search: Frontier) -> str:
 
 
 def _plots(drawn: Mapping[str, str]) -> str:
-    titles = {"weights": "Bytes of weights"}
     figures = []
     for name, svg in drawn.items():
-        if name == "quality-throughput" or name.startswith("frontier-"):
+        if name == "quality-throughput" or name.startswith(("cut-", "frontier-")):
             continue
-        what, _, stage = name.partition("-")
-        title = titles.get(name) or {"loss": f"Loss of {stage}", "influence": f"Layers cut by {stage}"}[what]
+        title = "Bytes of weights" if name == "weights" else f"Loss of {name.removeprefix('loss-')}"
         figures.append(f'<figure class="card"><h3>{escape(title)}</h3>{svg}</figure>')
     return _section("How it came about", f'<div class="plots">{"".join(figures)}</div>') if figures else ""
 

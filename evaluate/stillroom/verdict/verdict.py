@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stillroom.artifact import Measurement
 from stillroom.errors import InputError
+from stillroom.prune.explain import Explanation
 from stillroom.prune.frontier import Frontier
 from stillroom.verdict.gates import GateResult
 
@@ -68,13 +69,6 @@ class LossPoint(Frozen):
     loss: float
 
 
-class Influence(Frozen):
-    """Why layers went: block influence by layer of the model before the cut."""
-
-    scores: tuple[float, ...]
-    dropped: tuple[int, ...]
-
-
 class Verdict(Frozen):
     """Whether the result is worth serving, and everything that says so."""
 
@@ -98,8 +92,8 @@ class Verdict(Frozen):
     seed: int = 0
     losses: dict[str, tuple[LossPoint, ...]] = {}
     """By distill stage."""
-    influence: dict[str, Influence] = {}
-    """By prune stage."""
+    prunes: dict[str, Explanation] = {}
+    """What went and what it cost, by prune stage."""
     frontiers: dict[str, Frontier] = {}
     """What was tried, by prune stage that searched for a target."""
 
