@@ -222,7 +222,10 @@ def _largest_candidate(target: Target, shape: ModelShape) -> ModelShape:
     if target.hardware == "cpu":
         without_speed = {"hardware": None, "latency_ms": None, "throughput": None, "measured": None}
         sizes_alone = target.model_copy(update=without_speed)
-        return _largest_candidate(sizes_alone, shape) if sizes_alone.given() else shape
+        pricing = price_target(sizes_alone, shape, None)
+        if not pricing.missed(pricing.costs(shape)):
+            return shape
+        return _largest_candidate(sizes_alone, shape)
     hardware = known_hardware()[target.hardware] if target.hardware else None
     found = candidates(shape, price_target(target, shape, hardware))
     return max((candidate.shape for candidate in found), key=lambda candidate: candidate.num_params)

@@ -29,9 +29,7 @@ def opening_facts(
     absent = sorted(info["missing_keys"])
     facts = [
         Fact("transformers finds every tensor", not absent, f"lacks {', '.join(absent[:3])}" if absent else "yes"),
-        Fact(
-            "transformers opens it as its own class", type(model).__name__ == family.architecture, type(model).__name__
-        ),
+        Fact("transformers opens its own class", type(model).__name__ == family.architecture, type(model).__name__),
     ]
     model = model.to(pick_device()).eval()
     finite = True
