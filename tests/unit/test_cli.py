@@ -16,7 +16,20 @@ from runs import stillroom, stillroom_command, stillroom_environment, tiny_recip
 from stillroom.pipeline import lock, prepare_run_dir
 from tiny import tiny_checkpoint
 
-COMMANDS = ("run", "plan", "recipes", "doctor", "inspect", "verify", "evaluate", "bench", "serve", "report", "engine")
+COMMANDS = (
+    "run",
+    "prune",
+    "plan",
+    "recipes",
+    "doctor",
+    "inspect",
+    "verify",
+    "evaluate",
+    "bench",
+    "serve",
+    "report",
+    "engine",
+)
 
 
 @pytest.fixture

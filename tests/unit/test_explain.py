@@ -229,8 +229,8 @@ def test_prune_stops_at_its_stage_explains_it_and_a_later_run_goes_on_from_it(tm
         (("finished",), "is no recipe; give --explain"),
         (("finished", "--explain", "--out", "elsewhere"), "--out and --set change nothing in it"),
         (("finished", "--explain"), "is a run without a finished prune stage"),
-        (("smollm2-135m-cpu", "--set", "stages=[{kind: quantize, scheme: none}]", "--set", "gates=[]", "--set", "bench=null"),
-         "has no prune stage; its stages: quantize"),
+        (("smollm2-135m-cpu", "--set", "stages=[{kind: quantize, scheme: none}]", "--set", "gates=[]", "--set",
+          "bench=null"), "has no prune stage; its stages: quantize"),
     ],
 )  # fmt: skip
 def test_what_prune_cannot_take_is_said_in_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

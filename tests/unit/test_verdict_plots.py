@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.verdict.plots import Look, Point, Tried, frontier, scatter, searched, ticks
+from stillroom.verdict.plots import Look, Panel, Point, Tried, frontier, layers, scatter, searched, ticks
 
 positive = st.floats(1e-3, 1e6)
 
@@ -87,3 +87,38 @@ def test_a_search_of_few_or_equal_costs_is_drawn(costs: list[float]) -> None:
     svg = searched(search_of(costs), plot_id="s", x_label="ms", cheaper_is_less=False, title="t")
     assert "nan" not in svg
     ElementTree.fromstring(svg)
+
+
+def columns(*panels: Panel, dropped: tuple[int, ...] = ()) -> ElementTree.Element:
+    return ElementTree.fromstring(layers(panels, dropped, plot_id="l", x_label="layer", title="t"))
+
+
+def bars_of(root: ElementTree.Element, look: str) -> list[ElementTree.Element]:
+    return [e for e in root.iter("rect") if e.get("class") == f"bar {look}"]
+
+
+@given(st.lists(st.floats(-1e3, 1e3) | st.none(), min_size=1, max_size=80).filter(any))
+def test_every_layer_with_a_value_has_one_column_inside_the_drawing(values: list[float | None]) -> None:
+    root = columns(Panel("score", tuple(values)), Panel("gain", tuple(values), "gain", 60.0))
+    height = float(root.get("viewBox", "").split()[3])
+    known = sum(value is not None for value in values)
+    assert (len(bars_of(root, "kept")), len(bars_of(root, "gain"))) == (known, known)
+    for bar in bars_of(root, "kept") + bars_of(root, "gain"):
+        assert float(bar.get("y", "")) >= 0
+        assert float(bar.get("y", "")) + float(bar.get("height", "")) <= height
+
+
+def test_layers_that_went_are_marked_and_not_by_colour_alone() -> None:
+    root = columns(Panel("score", (1.0, 2.0, 3.0, 4.0)), dropped=(1, 2))
+    assert len(bars_of(root, "dropped")) == 2
+    assert sum(text.text == "×" for text in root.iter("text")) == 2
+    assert "layer 2 (cut): 3" in [title.text for title in root.iter("title")]
+    assert "cut: 1, 2" in (root.findtext("desc") or "")
+
+
+def test_scores_of_very_different_size_stand_on_a_logarithmic_axis() -> None:
+    low, middle, high = (float(b.get("height", "")) for b in bars_of(columns(Panel("KL", (0.01, 0.1, 10.0))), "kept"))
+    assert low == 0.0
+    assert middle == pytest.approx(high / 3, abs=0.1)
+    assert "KL, log scale" in [text.text for text in columns(Panel("KL", (0.01, 0.1, 10.0))).iter("text")]
+    assert "KL" in [text.text for text in columns(Panel("KL", (1.0, 10.0))).iter("text")]

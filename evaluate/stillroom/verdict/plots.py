@@ -253,7 +253,10 @@ def _marks(panel: Panel) -> tuple[list[float], bool]:
     if 0 < least * LOG_FROM < most:
         powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
         return [10.0**power for power in powers], True
-    return ticks(min(least, 0.0), max(most, 1e-9 if least >= 0 else 0.0), about=4 if panel.height > 100 else 2), False
+    low, high = min(least, 0.0), max(most, 0.0)
+    if high - low < 1e-30:  # all are zero, to what floats can divide
+        low, high = 0.0, 1.0
+    return ticks(low, high, about=4 if panel.height > 100 else 2), False
 
 
 def frontier(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
@@ -275,7 +278,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def _grid(
