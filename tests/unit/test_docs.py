@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,10 +15,20 @@ import yaml
 
 from runs import stillroom
 from stillroom.cli import cli
+from stillroom.models.shape import shape_of
+from stillroom.prune.repair.kinds import forbidden
 from stillroom.recipe import Recipe
+from tiny import tiny_checkpoint, tiny_config, tiny_text, tiny_text_file
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+PRUNING = ROOT / "docs" / "pruning.md"
+FAMILY_TYPES = {
+    "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Phi-3": "phi3", "SmolLM3": "smollm3",
+    "StarCoder2": "starcoder2", "GPT-2": "gpt2", "Qwen3-MoE": "qwen3_moe", "Gemma 2": "gemma2",
+    "Gemma 3": "gemma3_text", "OLMo 2": "olmo2", "BERT": "bert", "RoBERTa": "roberta", "T5": "t5",
+}  # fmt: skip
 
 RUN_HERE = ("recipes", "doctor", "plan", "engine list")
 """Commands that need no model and no run; the others are run by the tests of their own parts."""
@@ -28,6 +41,10 @@ def code_lines(page: Path) -> list[str]:
     indented = re.findall(r"^    +(\S.*)$", text, re.MULTILINE)
     lines = [line for block in fenced for line in block.splitlines()] + indented
     return [line.split(" #")[0].strip() for line in lines]
+
+
+def yaml_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def commands(start: str) -> list[str]:
@@ -57,11 +74,34 @@ def test_every_documented_command_parses(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in commands("stillroom ") if c.removeprefix("stillroom ").startswith(RUN_HERE)]
+    "command",
+    [c for c in commands("stillroom ") if c.removeprefix("stillroom ").startswith(RUN_HERE) and "my.yaml" not in c],
 )
 def test_every_documented_command_that_needs_no_run_succeeds(command: str, tmp_path: Path) -> None:
     answer = stillroom(*shlex.split(command)[1:], home=tmp_path, cwd=ROOT)
     assert answer.returncode == 0, answer.stderr
+
+
+def test_the_commands_of_the_pruning_page_do_what_it_says(tmp_path: Path) -> None:
+    """Its recipe on a model of as many layers, with budgets that a test can pay."""
+    tiny_checkpoint(tmp_path / "my-model", num_hidden_layers=28, intermediate_size=64)
+    with gzip.open(tmp_path / "text.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in tiny_text(200))
+    tiny_text_file(tmp_path / "heldout.txt", 60)
+    recipe = yaml.safe_load(yaml_blocks(PRUNING)[0])
+    recipe["stages"][0] |= {
+        "calibration": {"samples": 8, "sequence_length": 64},
+        "search": {"tokens": 64, "generations": 1, "offspring": 2, "finalists": 1},
+        "repair": {"tokens": 128, "heldout_tokens": 64},
+    }
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    ours = [line for line in code_lines(PRUNING) if line.startswith("stillroom ") and re.search("my.yaml|mine", line)]
+    answers = [stillroom(*shlex.split(line)[1:], home=tmp_path / "home", cwd=tmp_path) for line in ours]
+    assert [answer.returncode for answer in answers] == [0] * 3, [answer.stderr for answer in answers]
+    planned, pruned, again = (answer.stdout for answer in answers)
+    assert "layers: by search" in planned
+    assert "4 of 28 layers went" in pruned
+    assert len(json.loads(again)["explanation"]["layers"]) == 28
 
 
 def test_every_documented_make_target_exists() -> None:
@@ -72,10 +112,28 @@ def test_every_documented_make_target_exists() -> None:
 
 
 def test_every_documented_recipe_is_a_recipe() -> None:
-    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    for block in blocks:
-        Recipe.model_validate({"name": "documented", **yaml.safe_load(block)})
+    for page in (ROOT / "README.md", PRUNING):
+        assert yaml_blocks(page)
+        for block in yaml_blocks(page):
+            Recipe.model_validate({"name": "documented", "model": "./my-model", **yaml.safe_load(block)})
+
+
+def test_the_pruning_page_says_of_each_family_which_repairs_it_allows() -> None:
+    rows = [line.split("|")[1:-1] for line in PRUNING.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    kinds = ("fold", "reconstruct", "refit", "readout")
+    allowed = {
+        name.strip(): {kind: word.strip() == "yes" for kind, word in zip(kinds, words[:4], strict=True)}
+        for names, *words in rows
+        if len(words) == 5 and words[0].strip() in ("yes", "no")
+        for name in names.split(",")
+    }
+    assert set(allowed) == set(FAMILY_TYPES)
+    for name, model_type in FAMILY_TYPES.items():
+        shape = shape_of(tiny_config(model_type).to_dict(), model_type)
+        depth = dataclasses.replace(shape, num_layers=1, hidden_size=32)
+        width = dataclasses.replace(depth, num_attention_heads=2, num_key_value_heads=1)
+        found = {kind: any(forbidden(kind, shape, cut) is None for cut in (depth, width)) for kind in kinds}
+        assert found == allowed[name], name
 
 
 def test_ci_calls_the_test_command_of_the_readme() -> None:
