@@ -164,10 +164,19 @@ class Pruner:
         measured = list(self.scores.values())
         return functools.reduce(Importance.together, measured) if measured else None
 
-    @property
-    def layer_costs(self) -> list[float] | None:
-        """KL to the dense model without each layer, where a search measured it."""
-        if "scorer" not in self.__dict__:
+    def scores_of(self, target: ModelShape) -> Importance | None:
+        """What was measured for this shape, and not for other candidates, which a search that goes on after a kill does
+        not look at again; None where nothing was."""
+        widths = what_to_score(self.shape, target)
+        passes = [widths]
+        if target.total_layers < self.shape.total_layers:
+            passes += [frozenset({"layers"}), widths | {"layers"}]
+        measured = [self.scores[wanted] for wanted in dict.fromkeys(passes) if wanted in self.scores]
+        return functools.reduce(Importance.together, measured) if measured else None
+
+    def layer_costs(self, target: ModelShape) -> list[float] | None:
+        """KL to the dense model without each layer, where layers were searched for this shape."""
+        if "scorer" not in self.__dict__ or target.total_layers == self.shape.total_layers:
             return None
         return [agreement.kl for agreement in leave_one_out(self.scorer)]
 

@@ -60,7 +60,7 @@ def run(job: Job) -> StageResult:
         write_frontier(frontier, job.out_dir)
     else:
         made = pruner.best(target, job.out_dir)
-    scores = pruner.all_scores
+    scores = pruner.scores_of(made.shape)
     if scores:
         write_atomically(job.out_dir / IMPORTANCE_FILE, json.dumps(score_tables(scores)) + "\n")
     details = _details(pruner, made, frontier)
@@ -119,7 +119,8 @@ def _say(job: Job, shape: ModelShape, made: Made) -> None:
 
 
 def _details(pruner: Pruner, made: Made, frontier: Frontier | None) -> dict[str, Any]:
-    scores, shape = pruner.all_scores, pruner.shape
+    shape = pruner.shape
+    scores = pruner.scores_of(made.shape)
     influence = scores.block_influence if scores else None
     return {
         "kept_layers": list(made.cut.layers),
@@ -127,7 +128,7 @@ def _details(pruner: Pruner, made: Made, frontier: Frontier | None) -> dict[str,
         "depth_importance": pruner.depth_method,
         "width_importance": pruner.config.width_importance,
         "block_influence": None if influence is None else _rounded(influence),
-        "layer_kl": pruner.layer_costs,
+        "layer_kl": pruner.layer_costs(made.shape),
         "kl_cut": made.kl_cut,
         "kl": made.kl,
         "repairs": [
