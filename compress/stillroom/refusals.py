@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from stillroom.errors import InputError
-from stillroom.models.finite import check_finite
 from stillroom.models.shape import ModelShape, require_decoder, shape_of
 from stillroom.models.weights import check_known
 from stillroom.plan import Plan, Step
@@ -58,6 +57,8 @@ def check_tensors(plan: Plan) -> None:
 
 def check_weights_and_text(plan: Plan, todo: Sequence[Step]) -> None:
     """The weights of local models are numbers, and the text fills what the stages read first."""
+    from stillroom.models.finite import check_finite  # brings numpy, which a plan does without
+
     for step in todo:
         source = plan.sources.get(step.name)
         if source is not None and source.kind == "directory" and source.path is not None:

@@ -125,7 +125,7 @@ def _measured(explained: Explanation) -> list[_Column]:
 
 
 def _layers(explained: Explanation) -> Table:
-    table = _table(None)
+    table = _table()
     table.add_column("layer", justify="right")
     table.add_column("")
     columns = _measured(explained)
@@ -140,10 +140,11 @@ def _layers(explained: Explanation) -> Table:
 def _units(explained: Explanation) -> Table:
     """Which heads, KV groups and experts stay."""
     axes = [axis for axis in AXIS_WORDS if any(axis in layer.kept_units for layer in explained.layers)]
-    table = _table("What stays of them")
+    table = _table()
     table.add_column("layer", justify="right")
     for axis in axes:
-        table.add_column({"kv_groups": "KV groups", "cross_heads": "cross heads"}.get(axis, axis), overflow="fold")
+        words = {"kv_groups": "KV groups", "cross_heads": "cross heads"}.get(axis, axis)
+        table.add_column(f"{words} that stay", overflow="fold")
     for layer in explained.layers:
         if layer.stays:
             table.add_row(_name(layer), *(ranges(layer.kept_units.get(axis, ())) for axis in axes))
@@ -151,7 +152,7 @@ def _units(explained: Explanation) -> Table:
 
 
 def _sizes(explained: Explanation) -> Table:
-    table = _table(None)
+    table = _table()
     table.add_column("size")
     for head in ("before", "after", "kept", "parameters saved, alone", "importance lost"):
         table.add_column(head, justify="right")
@@ -191,5 +192,5 @@ def _number(value: float | None) -> str:
     return "" if value is None else number(value, 3)
 
 
-def _table(title: str | None) -> Table:
-    return Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1), pad_edge=False)
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
