@@ -28,7 +28,7 @@ from stillroom.artifact import write_atomically
 from stillroom.errors import InputError
 from stillroom.models.shape import ModelShape
 from stillroom.prune.cost import Costs
-from stillroom.prune.shapes import Candidate, Cut, sizes_of
+from stillroom.prune.shapes import Candidate, CutKind, sizes_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Scored(Frozen):
     """One candidate with all that is known of it."""
 
     sizes: dict[str, int]
-    cut: Cut
+    cut: CutKind
     params: int
     memory_gb: float
     latency_ms: float | None = None

@@ -32,7 +32,7 @@ from stillroom.prune.cost import Costs, Hardware, Load, check_load, load_of
 from stillroom.prune.targets import check_sizes
 from stillroom.recipe import Target
 
-Cut = Literal["depth", "width", "both"]
+CutKind = Literal["depth", "width", "both"]
 
 WIDTH_STEPS = (128, 64, 32, 16)
 LEAST_STEP = {"nvfp4": 32}
@@ -63,7 +63,7 @@ class Candidate:
     shape: ModelShape
     """The dense model's, with other sizes; its `config` is still the dense one's."""
     costs: Costs
-    cut: Cut
+    cut: CutKind
     prior: float
     """Small for moderate cuts."""
 
@@ -138,7 +138,7 @@ def sizes_of(shape: ModelShape) -> dict[str, int]:
     return {axis: size for axis in AXIS_WEIGHTS if (size := getattr(shape, axis))}
 
 
-def cut_of(dense: ModelShape, shape: ModelShape) -> Cut:
+def cut_of(dense: ModelShape, shape: ModelShape) -> CutKind:
     """Which kind of sizes are smaller."""
     axes = cut_axes(dense, shape)
     if "num_layers" in axes:
