@@ -197,7 +197,9 @@ def test_calibration_text_is_written_as_the_script_reads_it(tmp_path: Path) -> N
     ]
 
 
-def test_a_machine_without_the_image_is_told_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_without_the_image_is_told_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     with pytest.raises(
         EnvironmentCannot, match=r"needs megatron-bridge, which is not installed here; run .* NeMo image"
     ):
@@ -205,6 +207,7 @@ def test_a_machine_without_the_image_is_told_why(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "megatron" / "bridge").mkdir(parents=True)
     (tmp_path / "megatron" / "bridge" / "__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
+    request.addfinalizer(lambda: sys.modules.pop("megatron", None))  # looking for megatron.bridge imports its parent
     monkeypatch.setattr(megatron, "nvidia_gpus", tuple)
     with pytest.raises(EnvironmentCannot, match="needs a CUDA GPU, and nvidia-smi shows none"):
         megatron.require_image()
@@ -333,13 +336,15 @@ def test_an_interrupted_run_leaves_no_process(image: Callable[..., Path], tmp_pa
     argv = megatron.command(
         prune(num_layers=30), qwen3_8b(), tmp_path, tmp_path / "out", 2, script=image("nothing, slowly")
     )
+    others = set(psutil.Process().children(recursive=True))  # of tests before this one
     family: list[psutil.Process] = []
 
     def interrupt(line: str) -> None:
-        family.extend(psutil.Process().children(recursive=True))
+        family.extend(set(psutil.Process().children(recursive=True)) - others)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         megatron.run_backend(argv, tmp_path / "out", tmp_path / "log", log=interrupt)
     assert len(family) >= 2
-    assert not any(member.is_running() for member in family)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert [member for member in alive if member.status() != psutil.STATUS_ZOMBIE] == []
