@@ -143,7 +143,7 @@ class Pruner:
 
     @property
     def heldout_NT(self) -> Tensor:
-        """Windows kept apart: as many as asked for, at most a quarter."""
+        """Windows kept apart: as many as asked for, at most a quarter; none where nothing is judged on them."""
         return self.windows_NT[len(self.windows_NT) - self._num_heldout :]
 
     @property
@@ -153,6 +153,9 @@ class Pruner:
 
     @property
     def _num_heldout(self) -> int:
+        judged = self.config.repair.kinds or self.config.target or self.depth_method == "search"
+        if not judged:
+            return 0
         return min(self._num_windows(self.config.repair.heldout_tokens), max(1, len(self.windows_NT) // 4))
 
     def _num_windows(self, tokens: int) -> int:
