@@ -225,13 +225,15 @@ class Pruner:
         if method in ("leave_one_out_kl", "leave_one_out_loss"):
             costs = [a.kl if method == "leave_one_out_kl" else a.loss for a in leave_one_out(self.scorer)]
             return [strongest(costs, count)]
-        tick = self._ticking("choices")
+        budget = Evolution(self.config.search.generations, self.config.search.offspring)
+        num_greedy = sum(range(count + 1, self.shape.num_layers + 1))
+        num_evolved = 0 if method == "greedy" else budget.generations * budget.offspring
+        tick = self._ticking("choices", num_greedy + num_evolved)
         found = [greedy(self.scorer, count, tick)]
         if method != "greedy":
             found += [best_of(self.scorer, contiguous(self.shape.num_layers, self.shape.num_layers - count))]
             found += [strongest([a.kl for a in leave_one_out(self.scorer)], count)]
             found += [self._by_block_influence(count)]
-            budget = Evolution(self.config.search.generations, self.config.search.offspring)
             found = [evolve(self.scorer, best_of(self.scorer, found), budget, seed=self.seed, progress=tick), *found]
         best_first = sorted(dict.fromkeys(found), key=lambda keep: self.scorer.score(keep).kl)
         return best_first[: self.config.search.finalists if method == "search" else 1]
@@ -344,14 +346,14 @@ class Pruner:
         release_memory()
         return Made(cut, target, before, sweep.kl, tuple(sweep.attempts))
 
-    def _ticking(self, unit: str) -> Callable[[], None]:
-        """A progress whose end is not known."""
+    def _ticking(self, unit: str, total: int) -> Callable[[], None]:
+        """What counts one more of `total` each time that it is called."""
         done = 0
 
         def tick() -> None:
             nonlocal done
             done += 1
-            self.progress.update(done, done, unit)
+            self.progress.update(done, total, unit)
 
         return tick
 
