@@ -153,8 +153,8 @@ class Pruner:
 
     @property
     def _num_heldout(self) -> int:
-        judged = self.config.repair.kinds or self.config.target or self.depth_method == "search"
-        if not judged:
+        asked = self.config.repair.kinds or self.config.target or self.depth_method == "search"
+        if not asked or self.why_no_search:
             return 0
         return min(self._num_windows(self.config.repair.heldout_tokens), max(1, len(self.windows_NT) // 4))
 
