@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,16 @@ def tiny_checkpoint(
 ) -> Path:
     """A checkpoint directory of `tiny_model` with its tokenizer."""
     tiny_model(family, seed=seed, dtype=dtype, **overrides).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def edited_checkpoint(path: Path, family: str, edit: Callable[[Any], None], **overrides: Any) -> Path:
+    """A tiny checkpoint whose weights `edit` changed in place."""
+    model = tiny_model(family, **overrides)
+    with torch.no_grad():
+        edit(model)
+    model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
 

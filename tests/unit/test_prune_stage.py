@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from stillroom.prune import pruner, stage
 from stillroom.prune.frontier import read_frontier
 from stillroom.recipe import Calibration, Prune, Repair, SearchBudget, Target, TextSource
 from stillroom.stage import Job
-from tiny import ALL_FAMILIES, FAMILIES, tiny_checkpoint, tiny_model, tiny_text_file, tiny_tokenizer
+from tiny import ALL_FAMILIES, FAMILIES, edited_checkpoint, tiny_checkpoint, tiny_text_file
 
 
 class Notes:
@@ -56,15 +55,6 @@ def job_for(tmp_path: Path, model_dir: Path, num_documents: int = 200, **sizes: 
         seed=3,
         progress=Notes(),
     )
-
-
-def edited_checkpoint(path: Path, family: str, edit: Callable[[Any], None], **overrides: Any) -> Path:
-    model = tiny_model(family, **overrides)
-    with torch.no_grad():
-        edit(model)
-    model.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 def logits(model_dir: Path) -> torch.Tensor:

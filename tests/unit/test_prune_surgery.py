@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from stillroom.models.weights import tensor_entries
 from stillroom.prune import surgery
 from stillroom.prune.cut import Cut, cut_shape, rescales_of, tensor_cut
 from stillroom.prune.surgery import cut_checkpoint, source_shape
-from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, edited_checkpoint, tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 
 NUM_LAYERS, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM = 4, 64, 128, 4, 2, 16
 ALL_LAYERS = tuple(range(NUM_LAYERS))
@@ -45,16 +44,6 @@ def logits(model_or_dir: Any) -> Tensor:
     with torch.inference_mode():
         result: Tensor = model.eval()(ids).logits.float()
     return result
-
-
-def edited_checkpoint(path: Path, family: str, edit: Callable[[Any], None], **overrides: Any) -> Path:
-    """A tiny checkpoint whose weights `edit` changed in place."""
-    model = tiny_model(family, **overrides)
-    with torch.no_grad():
-        edit(model)
-    model.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 def assert_same_logits(cut_dir: Path, dense_dir: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from stillroom.prune.repair.kinds import repair_kinds
 from stillroom.prune.repair.ridge import LeastSquares, fold, ridge
 from stillroom.prune.surgery import source_shape
 from stillroom.recipe import Calibration, Prune, Repair, SearchBudget
-from tiny import ALL_FAMILIES, VOCAB_SIZE, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import ALL_FAMILIES, VOCAB_SIZE, edited_checkpoint, tiny_checkpoint, tiny_model
 
 WRITERS = [
     name
@@ -104,15 +103,6 @@ def pruner_for(source_dir: Path, tmp_path: Path, repair: Repair | None = None) -
     return Pruner(config, shape, source_dir, windows, scratch, 0, Kept())
 
 
-def edited(path: Path, family: str, edit: Callable[[Any], None], **overrides: Any) -> Path:
-    model = tiny_model(family, **overrides)
-    with torch.no_grad():
-        edit(model)
-    model.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
-
-
 def digests(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256(read_tensor(entry).numpy(force=True).tobytes()).hexdigest()
             for name, entry in tensor_entries(folder).items()}  # fmt: skip
@@ -174,7 +164,7 @@ def test_a_doubled_ffn_channel_is_reconstructed_exactly(family: str, tmp_path: P
                     part = parameter.narrow(dim, start, 128)
                     part.narrow(dim, 96, 32).copy_(part.narrow(dim, 0, 32))
 
-    dense = edited(tmp_path / "dense", family, double)
+    dense = edited_checkpoint(tmp_path / "dense", family, double)
     pruner = pruner_for(dense, tmp_path)
     kept = {layer: tuple(range(96)) for layer in range(4)}
     found = made(pruner, Cut((0, 1, 2, 3), ffn=kept), tmp_path / "out")
@@ -195,7 +185,7 @@ def test_a_doubled_hidden_channel_is_read_from_its_twin(tied: bool, tmp_path: Pa
             for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 writer.weight[48:] = writer.weight[:16]
 
-    dense = edited(tmp_path / "dense", "llama", double, tie_word_embeddings=tied)
+    dense = edited_checkpoint(tmp_path / "dense", "llama", double, tie_word_embeddings=tied)
     pruner = pruner_for(dense, tmp_path)
     scores = measure(load_model(dense), pruner.shape, pruner.fitting_NT, batch_size=4, wanted=frozenset({"hidden"}))
     pruner.scores[frozenset({"hidden"})] = scores
@@ -212,7 +202,7 @@ def test_a_cut_that_changes_nothing_is_not_repaired(tmp_path: Path) -> None:
         model.model.layers[1].self_attn.o_proj.weight.zero_()
         model.model.layers[1].mlp.down_proj.weight.zero_()
 
-    dense = edited(tmp_path / "dense", "llama", silence)
+    dense = edited_checkpoint(tmp_path / "dense", "llama", silence)
     found = made(pruner_for(dense, tmp_path), Cut((0, 2, 3)), tmp_path / "out")
     assert found.kl == pytest.approx(0, abs=1e-6)
 

@@ -99,7 +99,7 @@ class _DenseLayer:
 
 
 Proposal = tuple[RepairKind, float, list[Tensor]]
-"""RepairKind, strength, and a weight for each module of a site."""
+"""Kind, strength, and a weight for each module of a site."""
 
 
 class Sweep:
@@ -264,14 +264,14 @@ class Sweep:
             module = self.pair.dense.model.get_submodule(name.format(layer=source))
             weight = self.pair.kept_rows(f"{name.format(layer=source)}.weight", module.weight)
             rows.append(oriented(module, weight))
-        selection = torch.eye(sums.products_KD.shape[1], dtype=torch.float64, device=sums.gram_KK.device)[
-            :, list(hidden)
-        ]
-        return [
-            ("readout", strength, [row.double() @ mapping for row in rows])
-            for strength in STRENGTHS["readout"]
-            for mapping in [ridge(sums, selection, strength)]
-        ]
+        return self._reading(sums, rows)
+
+    def _reading(self, sums: LeastSquares, rows: Sequence[Tensor]) -> list[Proposal]:
+        """Weights (outputs, D) of the dense model after the best map (D, d), drawn toward picking the kept channels."""
+        everything = torch.eye(sums.products_KD.shape[1], dtype=torch.float64, device=sums.gram_KK.device)
+        selection = everything[:, list(self.pair.hidden or ())]
+        mappings = [(strength, ridge(sums, selection, strength)) for strength in STRENGTHS["readout"]]
+        return [("readout", strength, [row.double() @ mapping for row in rows]) for strength, mapping in mappings]
 
     def _from_which_the_head_reads(self, after: list[Tensor]) -> list[Tensor]:
         """The states (B, T, d) from which the tied head says the most of what it says from the dense ones (B, T, D):
@@ -316,12 +316,7 @@ class Sweep:
         for inputs, target in zip(states, dense_states, strict=True):
             flat = target.flatten(0, 1)
             sums.add(inputs.flatten(0, 1), flat, torch.ones(len(flat), device=flat.device))
-        hidden = list(self.pair.hidden or ())
-        selection = torch.eye(dense_states[0].shape[-1], dtype=torch.float64, device=flat.device)[:, hidden]
-        weight = head_of(self.pair.dense.model).weight.detach().double()
-        proposals: list[Proposal] = [
-            ("readout", strength, [weight @ ridge(sums, selection, strength)]) for strength in STRENGTHS["readout"]
-        ]
+        proposals = self._reading(sums, [head_of(self.pair.dense.model).weight.detach()])
         self._set_best(["lm_head"], proposals, len(self.pair.layers), None, ("lm_head",))
 
 
