@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,21 @@ def stillroom(*arguments: object, home: Path, cwd: Path | None = None) -> subpro
         cwd=cwd,
         check=False,
     )
+
+
+def kill_when(is_time: Callable[[str], bool], recipe: Path, run_dir: Path, home: Path) -> None:
+    """Start a run and SIGKILL it at the first event, a line of JSON, of which `is_time` holds."""
+    process = subprocess.Popen(
+        stillroom_command("run", recipe, "--out", run_dir, "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=stillroom_environment(home),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if is_time(line):
+            process.kill()
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was time to kill it"

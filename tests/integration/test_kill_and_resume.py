@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runs import stillroom, stillroom_command, stillroom_environment, tiny_recipe
+from runs import kill_when, stillroom, tiny_recipe
 from stillroom.artifact import Artifact, damaged_files, open_artifact
 from stillroom.stage import STAGES
 
@@ -41,22 +40,8 @@ def without_timing(path: Path) -> Any:
     return [{k: v for k, v in point.items() if k != "tok_s"} for point in json.loads(path.read_text())]
 
 
-def kill_in(step: str, recipe: Path, run_dir: Path, home: Path) -> None:
-    """Start the run and SIGKILL it as soon as it works on `step`."""
-    process = subprocess.Popen(
-        stillroom_command("run", recipe, "--out", run_dir, "--json"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=stillroom_environment(home),
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if is_at_work(step, json.loads(line)):
-            process.kill()
-            break
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL, f"the run ended before {step} could be killed"
+def _works_on(step: str, line: str) -> bool:
+    return is_at_work(step, json.loads(line))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +61,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_artifacts(unkilled: tupl
     first_of_kind = {artifact.manifest.kind: name for name, artifact in reversed(whole.items())}
     assert set(first_of_kind) == set(STAGES) - {"bench"}  # that one with a real engine, in test_engine_run.py
     for step in (name for name in whole if name in first_of_kind.values()):
-        kill_in(step, recipe, run_dir, home)
+        kill_when(functools.partial(_works_on, step), recipe, run_dir, home)
     finished = stillroom("run", recipe, "--out", run_dir, home=home)
     assert finished.returncode == 0, finished.stderr
     resumed = artifacts(run_dir)

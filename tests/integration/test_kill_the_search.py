@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from runs import TINY_CALIBRATION, stillroom, stillroom_command, stillroom_environment, tiny_recipe
+from runs import TINY_CALIBRATION, kill_when, stillroom, tiny_recipe
 from stillroom.artifact import Artifact, damaged_files, open_artifact
 from stillroom.models.shape import read_config, shape_of
 from stillroom.prune.frontier import Frontier, read_frontier
@@ -22,24 +20,6 @@ def recipe_of(folder: Path) -> Path:
     prune = {"kind": "prune", "target": target, "search": search, "calibration": TINY_CALIBRATION}
     data = {"train": [str(folder / "train.txt")], "heldout": [str(folder / "heldout.txt")]}
     return tiny_recipe(folder, stages=[prune], evaluate=None, gates=[], data=data)
-
-
-def kill_at(message: str, recipe: Path, run_dir: Path, home: Path) -> None:
-    """Start the run and SIGKILL it when it says so."""
-    process = subprocess.Popen(
-        stillroom_command("run", recipe, "--out", run_dir, "--json"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=stillroom_environment(home),
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if message in line:
-            process.kill()
-            break
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL, f"the run ended before it said {message!r}"
 
 
 def pruned(run_dir: Path) -> tuple[Artifact, Frontier]:
@@ -67,10 +47,10 @@ def test_a_search_killed_twice_scores_only_what_is_missing_and_ends_the_same(tmp
     assert whole.returncode == 0, whole.stderr
 
     home = tmp_path / "home-2"
-    kill_at("candidate 2 of 5", recipe, tmp_path / "killed", home)
+    kill_when(lambda line: "candidate 2 of 5" in line, recipe, tmp_path / "killed", home)
     while_scoring = scores(home)
     assert 2 <= len(while_scoring) < 5
-    kill_at("candidate 5 of 5", recipe, tmp_path / "killed", home)
+    kill_when(lambda line: "candidate 5 of 5" in line, recipe, tmp_path / "killed", home)
     when_ranked = scores(home)
     assert len(when_ranked) == 5
     assert not list((tmp_path / "killed" / "artifacts").glob("prune-*"))
