@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.models import Unigram
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.export.checkpoint import finish_config, save_checkpoint
@@ -60,8 +61,10 @@ def convert_gguf(path: Path, out_dir: Path, source: ModelSource) -> None:
     """Dequantize a GGUF file into a checkpoint directory with its tokenizer and chat template."""
     dtype = DTYPES["bfloat16" if source.dtype == "auto" else source.dtype]
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        model_type = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).model_type
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        check_tokenizer(tokenizer, model_type, path)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     except (ValueError, KeyError) as error:
         raise InputError(f"{path} is no GGUF file that transformers can convert: {error}") from error
     # transformers reads SmolLM2's eos token from the GGUF as <|im_start|>; the model's own config has the right id
@@ -72,6 +75,16 @@ def convert_gguf(path: Path, out_dir: Path, source: ModelSource) -> None:
     finish_config(out_dir)
     checked_config(out_dir)
     check_finite(out_dir)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_type: str, path: Path) -> None:
+    """Raise InputError for a Gemma tokenizer that is no byte-pair encoding: up to 5.14 at least, transformers makes
+    one of unigrams from the scores in the GGUF file, which are ranks of merges, so that text falls into letters."""
+    if model_type.startswith("gemma") and isinstance(tokenizer.backend_tokenizer.model, Unigram):
+        raise InputError(
+            f"transformers converts the tokenizer in {path} wrongly: text falls into letters, which {model_type} was never "
+            "trained on; give the model's safetensors checkpoint, which has a tokenizer.json, as `model`"
+        )
 
 
 def fetch(source: ModelSource) -> Path:
