@@ -82,8 +82,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_type: str, path: P
     one of unigrams from the scores in the GGUF file, which are ranks of merges, so that text falls into letters."""
     if model_type.startswith("gemma") and isinstance(tokenizer.backend_tokenizer.model, Unigram):
         raise InputError(
-            f"transformers converts the tokenizer in {path} wrongly: text falls into letters, which {model_type} was never "
-            "trained on; give the model's safetensors checkpoint, which has a tokenizer.json, as `model`"
+            f"transformers converts the tokenizer in {path} wrongly: text falls into letters, where {model_type} was "
+            "trained on words; give the model's safetensors checkpoint, which has a tokenizer.json, as `model`"
         )
 
 
