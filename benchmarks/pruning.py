@@ -2,7 +2,8 @@
 
 Every variant of a comparison is cut from the same checkpoint and measured on the same windows in the same run.
 Selection and repair see calibration text only. Figures are on other documents: WikiText-2 validation, and of each other
-source the last fifth of a shuffled list, of whose first four fifths the calibration text comes. Excess loss is the mean
+source the last fifth of a shuffled list, of whose first four fifths the calibration text comes. Calibration text has
+nothing like WikiText-2 unless `--encyclopedia` adds some of its training text. Excess loss is the mean
 difference in nats per token to the dense model on the same tokens; its standard error is over windows.
 
     python benchmarks/pruning.py depth MODEL --text FOLDER --out FILE --layers 3 6 9
@@ -51,6 +52,8 @@ from stillroom.prune.width import strongest
 from stillroom.recipe import Calibration, Prune, Repair, SearchBudget, Target
 
 SOURCES = ("novels", "textbooks", "techdocs", "code_python", "instruct")
+ENCYCLOPEDIA = "wikitext2_train_valid"
+"""A source that `--encyclopedia` adds: few long rows, of which only those from the training text are taken."""
 MEASURED = ("textbooks", "code_python", "instruct")
 DOCUMENT_CHARACTERS = 6000
 """Of each document at most so much is read, for variety."""
@@ -78,10 +81,13 @@ class Texts:
 def read_texts(folder: Path, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> Texts:
     """Calibration and measured windows; documents are in one or the other, never in both."""
     length, calibration, measured = arguments.sequence_length, [], {}
-    each = -(-arguments.calibration_windows // len(SOURCES))
-    for name in SOURCES:
+    sources = (*SOURCES, ENCYCLOPEDIA) if arguments.encyclopedia else SOURCES
+    each = -(-arguments.calibration_windows // len(sources))
+    for name in sources:
         with gzip.open(folder / "text" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
+        if name == ENCYCLOPEDIA:
+            rows = [piece for row in rows if "train" in row["source"] for piece in _pieces(row)]
         random.Random(0).shuffle(rows)
         border = len(rows) * 4 // 5
         calibration.append(_windows(rows[:border], tokenizer, length, each))
@@ -102,6 +108,12 @@ def _windows(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase,
         if len(ids) >= count * length:
             break
     return torch.tensor(ids[: len(ids) // length * length][: count * length]).view(-1, length)
+
+
+def _pieces(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A long row as several."""
+    starts = range(0, len(row["text"]), DOCUMENT_CHARACTERS)
+    return [{"text": row["text"][start : start + DOCUMENT_CHARACTERS]} for start in starts]
 
 
 def _text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -253,7 +265,7 @@ def depth(comparison: Comparison) -> None:
 
 
 def width(comparison: Comparison) -> None:
-    """Every width metric bare, and Minitron's repaired."""
+    """Every width metric bare, and the choices of some repaired."""
     shape = comparison.shape
     for given in comparison.arguments.cuts:
         sizes = {name: int(value) for name, value in (part.split("=") for part in given.split(","))}
@@ -268,8 +280,9 @@ def width(comparison: Comparison) -> None:
             bare = dataclasses.replace(without_repair(pruner), scores={wanted: scores[method]})
             cut = width_cut(shape, target, layers, scores[method])
             comparison.measure_cut(f"{given} {method}", functools.partial(bare.make, cut))
-        pruner.scores[wanted] = scores["minitron"]
-        comparison.measure_cut(f"{given} minitron + repair", functools.partial(pruner.best, target))
+        for method in comparison.arguments.repaired:
+            repaired = dataclasses.replace(pruner, scores={wanted: scores[method]})
+            comparison.measure_cut(f"{given} {method} + repair", functools.partial(repaired.best, target))
 
 
 def target(comparison: Comparison) -> None:
@@ -313,12 +326,14 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=["intermediate_size=1024", "hidden_size=512", "intermediate_size=1024,hidden_size=512"],
     )
+    parser.add_argument("--repaired", nargs="+", choices=WIDTH_METHODS, default=["minitron", "l2"])
     parser.add_argument("--share", type=float, default=0.75)
     parser.add_argument("--candidates", type=int, default=6)
     parser.add_argument("--rerank", type=int, default=3)
     parser.add_argument("--rerank-tokens", type=int, default=16384)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--calibration-windows", type=int, default=136)
+    parser.add_argument("--encyclopedia", action="store_true", help="calibrate on WikiText-2's training text too")
     parser.add_argument("--scoring-windows", type=int, default=32)
     parser.add_argument("--measured-windows", type=int, default=4)
     parser.add_argument("--search-tokens", type=int, default=4096)

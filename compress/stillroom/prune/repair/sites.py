@@ -63,6 +63,27 @@ def caught(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[T
         yield seen
 
 
+class _Reached(Exception):
+    """Unwinds a forward pass that has gone far enough."""
+
+
+@contextmanager
+def caught_until(model: nn.Module, name: str) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """As `caught` for one module, whose call ends the forward pass inside: what follows it is not computed."""
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        raise _Reached
+
+    with caught(model, [name]) as seen:
+        handle = model.get_submodule(name).register_forward_hook(stop)  # after the one that notes
+        try:
+            yield seen
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+
+
 def readers_of(family: Family) -> tuple[str, ...]:
     """Names of the matrices in a layer that read the residual stream."""
     writers = (family.attention_output, family.ffn_output)

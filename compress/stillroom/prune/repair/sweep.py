@@ -33,14 +33,14 @@ from stillroom.models.family import Family
 from stillroom.prune.agreement import Comparison, Yardstick
 from stillroom.prune.repair.kinds import has_ffn_output
 from stillroom.prune.repair.ridge import LeastSquares, fold, ridge
-from stillroom.prune.repair.sites import Site, caught, grouped, matrix, oriented, readers_of, set_matrix
+from stillroom.prune.repair.sites import Site, caught, caught_until, grouped, matrix, oriented, readers_of, set_matrix
 from stillroom.recipe import RepairKind
 
 STRENGTHS: dict[RepairKind, tuple[float, ...]] = {
     "fold": (0.003, 0.03),
-    "reconstruct": (0.03, 0.3),
-    "refit": (0.03, 0.2),
-    "readout": (0.001, 0.03),
+    "reconstruct": (0.003, 0.03, 0.3),
+    "refit": (0.003, 0.03, 0.2),
+    "readout": (0.0003, 0.003, 0.03),
 }
 """Ridge penalties that are tried, relative to the mean of the Gram matrix's diagonal."""
 
@@ -225,10 +225,14 @@ class Sweep:
 
     def _writer_sample(self, layer: int, role: str, module: str, states: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """What the module sees (n, K), and what its product with the weight should be (n, d)."""
-        with caught(self.pair.cut.model, [module]) as seen:
-            output = self.pair.cut.layer(layer, states)
+        if role == "attention":
+            with caught_until(self.pair.cut.model, module) as seen:
+                self.pair.cut.layer(layer, states)
+            written = states + seen[module][1]
+        else:
+            with caught(self.pair.cut.model, [module]) as seen:
+                written = self.pair.cut.layer(layer, states)
         inputs, said = seen[module]
-        written = states + said if role == "attention" else output
         product = (
             said if (bias := getattr(self.pair.cut.model.get_submodule(module), "bias", None)) is None else said - bias
         )
@@ -255,7 +259,7 @@ class Sweep:
         assert hidden is not None
         sums = LeastSquares(len(hidden), self.dense[0].shape[-1], self.dense[0].device)
         for states, batch in zip(self.cut, seen, strict=True):
-            with caught(model, names[:1]) as reads:
+            with caught_until(model, names[0]) as reads:
                 self.pair.cut.layer(layer, states)
             target = batch.read[site.modules[0]].flatten(0, 1)
             sums.add(reads[names[0]][0].flatten(0, 1), target, torch.ones(len(target), device=target.device))
