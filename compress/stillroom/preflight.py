@@ -298,9 +298,10 @@ def _require_memory(row: StepOutlook, machine: Machine) -> None:
 
 
 def _runs_from_disk(config: Prune) -> bool:
-    """Whether a prune stage can do without the whole model in memory: nothing is asked for that runs all of it."""
+    """Whether a prune stage can do without the whole model in memory: nothing is asked for that runs all of it, but for
+    what Megatron-Bridge's script searches on all GPUs."""
     searched = config.target is not None or config.depth_importance in get_args(DepthSearch)
-    return not searched and config.repair.kinds in ("auto", ())
+    return not (searched and config.backend == "stillroom") and config.repair.kinds in ("auto", ())
 
 
 def _reads(step: Step) -> str:

@@ -286,7 +286,8 @@ class Prune(StageConfig):
     search: SearchBudget = SearchBudget()
     repair: Repair = Repair()
     backend: Literal["stillroom", "megatron"] = "stillroom"
-    """`megatron`: ModelOpt's own pruner (mcore_minitron) through Megatron-Bridge, in NVIDIA's NeMo image."""
+    """`megatron`: ModelOpt's own pruner (mcore_minitron) through Megatron-Bridge, in NVIDIA's NeMo image. What it cut
+    is repaired as `repair` says, where the result tells which layers and channels stayed."""
     calibration: Calibration = Calibration()
 
     @model_validator(mode="after")

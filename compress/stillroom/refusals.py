@@ -35,7 +35,7 @@ def check_step(step: Step, shapes: Mapping[str, ModelShape]) -> None:
     config, shape = step.config, shapes.get(step.inputs.get("source", ""))
     if shape is None:
         return
-    if isinstance(config, Prune) and config.backend == "stillroom":
+    if isinstance(config, Prune):
         try:
             check_prune(config, shape)
         except InputError as error:

@@ -121,11 +121,21 @@ def test_angular_scores_of_single_layers_come_from_the_table_of_blocks(tmp_path:
 
 def test_what_megatron_cut_is_told_by_its_sizes(tmp_path: Path) -> None:
     sizes = ("sizes_before", "sizes_after", "params_before", "params_after", "params_saved_alone")
-    details = {"backend": "megatron"} | {name: prune_details()[name] for name in sizes}
+    details = {"backend": "megatron", "not_recovered": "numbers changed"}
+    details |= {name: prune_details()[name] for name in sizes}
     told = explain(artifact(tmp_path, "prune", "prune", details=details))
     assert told.layers == ()
-    assert "does not say which layers" in printed(told)
+    assert "does not tell which layers and channels went: numbers changed" in " ".join(printed(told).split())
     assert "FFN channels" in printed(told)
+
+
+def test_what_stayed_of_a_megatron_cut_is_told_where_it_was_recovered(tmp_path: Path) -> None:
+    own = ("depth_importance", "width_importance", "block_influence", "layer_kl", "searched_shapes")
+    details = {"backend": "megatron"} | {name: value for name, value in prune_details().items() if name not in own}
+    told = explain(artifact(tmp_path, "prune", "prune", details=details))
+    assert f"{len(told.dropped)} of {len(told.layers)} layers went" in printed(told)
+    assert "does not tell" not in printed(told)
+    assert "repaired" in printed(told)
 
 
 @given(st.lists(st.integers(0, 60), unique=True))

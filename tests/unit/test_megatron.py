@@ -17,14 +17,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from jobs import Kept, artifact_at, job_of
+from minitron import cut_as_minitron
 from stillroom.errors import EnvironmentCannot, InputError
+from stillroom.export import verify
+from stillroom.machine import Gpu, Machine
 from stillroom.models.shape import ModelShape, read_config, shape_of
-from stillroom.models.weights import weight_files
-from stillroom.prune import megatron
+from stillroom.models.tensors import read_tensor
+from stillroom.models.weights import tensor_entries, weight_files
+from stillroom.prune import megatron, pruner, stage
 from stillroom.prune.cut import Cut
+from stillroom.prune.explain import explain
 from stillroom.prune.surgery import cut_checkpoint, source_shape
-from stillroom.recipe import Prune
-from tiny import tiny_checkpoint, tiny_config
+from stillroom.recipe import Prune, Verify
+from stillroom.stage import Job, StageResult
+from tiny import tiny_checkpoint, tiny_config, tiny_text_file
 
 QWEN3_8B: dict[str, Any] = {
     "model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288,
@@ -229,7 +236,8 @@ raise SystemExit(subprocess.run([{python!r}, *sys.argv[3:]]).returncode)
 """Stands in for torch's launcher, whose workers would be the NeMo image's."""
 
 SCRIPT = """\
-import argparse, shutil, sys, time
+import argparse, json, shutil, sys, time
+from pathlib import Path
 
 parser = argparse.ArgumentParser()
 {options}
@@ -239,25 +247,36 @@ if {gives!r} == "nothing, slowly":
     time.sleep(600)
 elif {gives!r} == "an error":
     sys.exit("CUDA Error: out of memory")
-shutil.copytree({gives!r}, given.output_hf_path, dirs_exist_ok=True)
+elif {gives!r} == "a cut":
+    sys.path[:] = {path!r}
+    from minitron import cut_as_minitron
+    sizes = json.loads(given.prune_export_config)
+    cut_as_minitron(Path(given.hf_model_name_or_path), sizes, Path(given.output_hf_path))
+else:
+    shutil.copytree({gives!r}, given.output_hf_path, dirs_exist_ok=True)
 """
-"""Stands in for the prune script: takes what the published one takes, copies what a test made, sleeps, or fails."""
+"""Stands in for the prune script: takes what the published one takes, and cuts, copies what a test made, sleeps or
+fails."""
 
 
 @pytest.fixture
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Puts a torchrun on the PATH; returns what writes a prune script."""
+    """Puts a torchrun on the PATH, and a GPU into the machine; returns what writes a prune script."""
     folder = tmp_path / "image"
     folder.mkdir()
     (folder / "torchrun").write_text(TORCHRUN.format(python=sys.executable))
     (folder / "torchrun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("MODELOPT_DIR", str(folder))
+    monkeypatch.setattr(megatron, "require_image", lambda: None)
+    monkeypatch.setattr(stage, "this_machine", lambda: Machine(2, 2**33, (Gpu("H200", 2**37, "570"),)))
 
     def script(gives: str, lacks: str = "") -> Path:
         names = [name for name in megatron.published()["options"] if name != lacks]
         options = "\n".join(f'parser.add_argument("--{name}")' for name in names)
-        path = folder / "prune_minitron.py"
-        path.write_text(SCRIPT.format(options=options, gives=gives))
+        path = folder / str(megatron.published()["script"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(SCRIPT.format(options=options, gives=gives, path=sys.path))
         return path
 
     return script
@@ -300,6 +319,130 @@ def test_a_run_gives_a_checkpoint_that_transformers_opens(
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.dtype == torch.bfloat16
+
+
+def job_for(tmp_path: Path, dense: Path, **fields: Any) -> Job:
+    calibration = {"samples": 12, "sequence_length": 48, "batch_size": 4}
+    config = prune(calibration=calibration, **fields)
+    tmp_path.mkdir(exist_ok=True)
+    return job_of(config, {"source": artifact_at(dense)}, tiny_text_file(tmp_path / "text.txt"), tmp_path / "stage")
+
+
+def verified(dense: Path, model_dir: Path, folder: Path) -> StageResult:
+    """Verification on text that the stage did not see."""
+    inputs = {"source": artifact_at(model_dir, "prune"), "reference": artifact_at(dense)}
+    folder.mkdir()
+    text = tiny_text_file(folder / "heldout.txt", 30)
+    return verify.run(job_of(Verify(tokens=320, sequence_length=64), inputs, text, folder / "verify"))
+
+
+def kl_of(result: StageResult) -> float:
+    return next(measured.value for measured in result.measurements if measured.name == "verify.kl")
+
+
+CUTS: dict[str, tuple[dict[str, int], set[str]]] = {
+    "qwen3": ({"num_layers": 3, "intermediate_size": 64, "hidden_size": 64}, {"reconstruct", "fold", "readout"}),
+    "llama": ({"num_layers": 3, "num_attention_heads": 2}, {"reconstruct", "fold"}),
+    "mistral": ({"num_layers": 2}, {"refit", "fold"}),
+    "gemma3_text": ({"hidden_size": 64}, {"readout"}),
+    "qwen3_moe": ({"num_layers": 3}, {"refit"}),
+}
+
+
+@pytest.mark.parametrize("family", CUTS)
+def test_what_the_script_cut_is_repaired_verified_and_told(
+    family: str, image: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The script keeps channels by chance, in an order by chance."""
+    dense = tiny_checkpoint(tmp_path / "dense", family, dtype=torch.bfloat16, hidden_size=128)
+    sizes, kinds = CUTS[family]
+    image("a cut")
+    job = job_for(tmp_path, dense, **sizes)
+    result = stage.run(job)
+    bare = tmp_path / "bare"
+    config_sizes = {megatron.SIZES[size]: number for size, number in sizes.items()}
+    cut_as_minitron(dense, config_sizes, bare)
+    details = result.details
+    assert sorted(details["kept_layers"] + details["dropped_layers"]) == [0, 1, 2, 3]
+    assert len(details["kept_layers"]) == sizes.get("num_layers", 4)
+    assert details["kl"] < details["kl_cut"]
+    assert {attempt["kind"] for attempt in details["repairs"]} <= kinds
+    checked = verified(dense, job.out_dir, tmp_path / "checked")
+    assert checked.details["passed"]
+    assert kl_of(checked) < kl_of(verified(dense, bare, tmp_path / "compared"))
+    assert (details["calibration_samples"], result.tokens) == (12, 576)
+    assert isinstance(job.progress, Kept)
+    assert "; KL to the unpruned model" in job.progress.lines[-1]
+    assert json.loads(json.dumps(details)) == details
+    told = explain(artifact_at(job.out_dir, "prune", **details))
+    assert told.dropped == tuple(details["dropped_layers"])
+
+
+def test_without_repair_no_text_is_read_and_the_result_is_as_the_script_left_it(
+    image: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruner, "load_model", None)
+    monkeypatch.setattr(stage, "calibration_windows", None)
+    dense = tiny_checkpoint(tmp_path / "dense")
+    image("a cut")
+    job = job_for(tmp_path, dense, num_layers=3, repair=[])
+    details = stage.run(job).details
+    cut_as_minitron(dense, {"num_layers": 3}, tmp_path / "bare")
+    assert (details["kl"], details["repairs"], len(details["kept_layers"])) == (None, [], 3)
+    after, before = (tensor_entries(path) for path in (job.out_dir, tmp_path / "bare"))
+    assert all(torch.equal(read_tensor(entry), read_tensor(before[name])) for name, entry in after.items())
+
+
+def test_a_result_with_other_numbers_is_kept_unrepaired_unless_a_repair_was_named(
+    image: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = tiny_checkpoint(tmp_path / "dense")
+    other = tiny_checkpoint(tmp_path / "other", seed=1, num_hidden_layers=3)
+    image(str(other))
+    job = job_for(tmp_path, dense, num_layers=3)
+    details = stage.run(job).details
+    assert "other numbers" in details["not_recovered"]
+    assert "kept_layers" not in details
+    assert details["sizes_after"]["num_layers"] == 3
+    assert isinstance(job.progress, Kept)
+    assert job.progress.lines[-1].startswith("not repaired: what stayed cannot be told from the result: the embedding")
+    named = job_for(tmp_path / "named", dense, num_layers=3, repair=["fold"])
+    with pytest.raises(EnvironmentCannot, match=r"repair fold cannot be done: .* give repair: \[\] to do without"):
+        stage.run(named)
+
+
+def test_a_model_beyond_memory_is_cut_and_not_repaired_unless_a_repair_was_named(
+    image: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruner, "too_large", lambda path: True)
+    dense = tiny_checkpoint(tmp_path / "dense")
+    image("a cut")
+    job = job_for(tmp_path, dense, num_layers=3)
+    details = stage.run(job).details
+    assert (details["kl"], len(details["kept_layers"])) == (None, 3)
+    assert isinstance(job.progress, Kept)
+    assert "not repaired: the model does not fit in memory" in job.progress.lines
+    named = job_for(tmp_path / "named", dense, num_layers=3, repair=["fold"])
+    with pytest.raises(EnvironmentCannot, match="repair fold cannot be done: the model does not fit in memory"):
+        stage.run(named)
+    assert list(named.out_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("llama", {"num_layers": 3, "repair": ["readout"]}, "readout: no hidden channel is cut"),
+        ("llama", {"intermediate_size": 64, "repair": ["fold"]}, "no layer is cut"),
+        ("gemma3_text", {"num_layers": 3, "repair": ["fold"]}, "a norm stands between"),
+    ],
+)
+def test_a_repair_that_the_cut_does_not_allow_is_refused_before_the_script_runs(
+    family: str, fields: dict[str, Any], message: str, image: Callable[..., Path], tmp_path: Path
+) -> None:
+    image("an error")
+    job = job_for(tmp_path, tiny_checkpoint(tmp_path / "dense", family), **fields)
+    with pytest.raises(InputError, match=message):
+        stage.run(job)
 
 
 def test_a_result_of_another_shape_is_refused(tmp_path: Path) -> None:

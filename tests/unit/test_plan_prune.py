@@ -19,6 +19,7 @@ from stillroom.machine import GIB, Gpu, Machine
 from stillroom.models.shape import ModelShape, shape_of
 from stillroom.plan import Plan, make_plan
 from stillroom.preflight import outlook, require_runnable
+from stillroom.prune.allowed import reads_text
 from stillroom.prune.preview import Preview, preview
 from stillroom.recipe import Prune, load_recipe
 from tiny import tiny_config
@@ -100,8 +101,37 @@ def test_the_megatron_command_is_shown_and_checked() -> None:
     assert told.as_json()["command"] == list(told.command)
     with pytest.raises(InputError, match="chooses the layers itself"):
         seen(QWEN3_8B, TWO_GPUS, drop_layers=(1,), backend="megatron")
-    with pytest.raises(InputError, match="does not repair what it cuts"):
-        seen(QWEN3_8B, TWO_GPUS, num_layers=24, backend="megatron", repair=["fold"])
+
+
+def test_the_plan_says_what_of_a_megatron_cut_is_repaired() -> None:
+    told = seen(QWEN3_8B, TWO_GPUS, num_layers=24, backend="megatron")
+    assert told.repair == ("fold", "refit")
+    assert told.lines()[-2] == "repair: fold, refit, where the result tells what stayed"
+    assert seen(QWEN3_8B, TWO_GPUS, num_layers=24, backend="megatron", repair=["fold"]).repair == ("fold",)
+    assert seen(QWEN3_8B, TWO_GPUS, num_layers=24, backend="megatron", repair=[]).lines()[-2] == "repair: none"
+    assert seen(QWEN3_8B, LAPTOP, num_layers=24, backend="megatron").lines()[-2] == (
+        "repair: none (all: the model does not fit in this machine's memory)"
+    )
+    searched = seen(QWEN3_8B, TWO_GPUS, target={"params": "6e9"}, backend="megatron")
+    assert (searched.repair, searched.lines()[-2]) == (
+        None, "repair: what the cut allows, where the result tells what stayed"
+    )  # fmt: skip
+    with pytest.raises(InputError, match="repair readout: no hidden channel is cut"):
+        seen(QWEN3_8B, TWO_GPUS, num_layers=24, backend="megatron", repair=["readout"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "reads"),
+    [
+        ({"num_layers": 24}, True),
+        ({"num_layers": 24, "repair": []}, False),
+        ({"target": {"params": "6e9"}}, True),
+        ({"target": {"params": "6e9"}, "repair": []}, False),
+    ],
+)
+def test_windows_of_text_are_read_for_a_megatron_cut_where_it_is_repaired(fields: dict[str, Any], reads: bool) -> None:
+    assert reads_text(Prune.model_validate({"backend": "megatron"} | fields), QWEN3_8B) == reads
+    assert reads_text(Prune.model_validate(fields), QWEN3_8B)
 
 
 def test_a_repair_that_cannot_be_done_is_refused_by_the_plan(tmp_path: Path) -> None:

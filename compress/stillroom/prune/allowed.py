@@ -54,11 +54,14 @@ def _check_no_decoder(config: Prune, model_type: str) -> None:
 
 
 def reads_text(config: Prune, shape: ModelShape) -> bool:
-    """Whether anything is chosen or repaired, which takes calibration text."""
+    """Whether anything is chosen or repaired, which takes windows of calibration text; Megatron-Bridge's script reads
+    the text by itself to choose."""
+    own = config.backend == "stillroom"
     if config.target is not None:
-        return True
+        return own or config.repair.kinds != ()
     target = target_shape(config, shape)
-    chosen = bool(what_to_score(shape, target)) or (target.total_layers < shape.total_layers and not config.drop_layers)
+    layers_go = target.total_layers < shape.total_layers and not config.drop_layers
+    chosen = own and (layers_go or bool(what_to_score(shape, target)))
     return chosen or bool(repair_kinds(config.repair, shape, target))
 
 

@@ -50,14 +50,16 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 IndexArray = npt.NDArray[np.int64]
 PerLayer = Mapping[int, tuple[int, ...]]
-"""Kept indices, ascending, by the source's layer index; layers of an encoder-decoder are counted through."""
+"""Kept indices by the source's layer index; layers of an encoder-decoder are counted through."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays, ascending and in the source's numbering; None where an axis is left whole.
+    """What stays, in the source's numbering; None where an axis is left whole.
 
-    As many stay in every layer. In a family of `heads_alike_in_stack`, the same heads stay in all layers of a stack.
+    Ascending where it is to be cut (`tensor_cut`), but in the order of a checkpoint that another pruner cut
+    (recover.py). As many stay in every layer. In a family of `heads_alike_in_stack`, the same heads stay in all layers
+    of a stack.
     """
 
     layers: tuple[int, ...]
@@ -141,6 +143,15 @@ def tensor_cut(name: str, shape: ModelShape, cut: Cut, rescales: Mapping[str, Re
     return TensorCut(name, arrays, rescales.get(name))
 
 
+def selected(name: str, tensor: Tensor, shape: ModelShape, cut: Cut) -> Tensor:
+    """What stays of the source tensor `name`, or of some of its rows where all rows stay: on its device, in the order
+    of the cut's indices, not rescaled."""
+    for dim, axis in enumerate(shape.axes(name)):
+        if (kept := kept_along(axis, shape.places[name], shape, cut)) is not None:
+            tensor = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
+    return tensor
+
+
 def rescales_of(
     shape: ModelShape,
     cut: Cut,
@@ -158,7 +169,7 @@ def rescales_of(
 
 
 def kept_along(axis: str, place: Place, shape: ModelShape, cut: Cut) -> Sequence[int] | None:
-    """Indices that stay along an axis of a source tensor, ascending; None for all."""
+    """Indices that stay along an axis of a source tensor, in the order of the cut's; None for all."""
     parts = axis_parts(axis)
     kept_parts = [_kept_part(part, place, shape, cut) for part in parts]
     if all(kept is None for kept in kept_parts):

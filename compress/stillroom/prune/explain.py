@@ -104,7 +104,8 @@ class Explanation(Frozen):
     score_method: str | None = None
     """What the layers' scores are."""
     layers: tuple[LayerCut, ...] = ()
-    """None of them where ModelOpt's pruner was used, which does not say."""
+    """None of them where ModelOpt's pruner was used and `not_recovered` says why its result does not tell."""
+    not_recovered: str | None = None
     sizes: tuple[SizeCut, ...]
     params_before: int
     params_after: int
@@ -143,6 +144,7 @@ def explain(artifact: Artifact) -> Explanation:
         width_method=details.get("width_importance") if cut & set(SIZE_AXES) else None,
         score_method=score_method,
         layers=layers,
+        not_recovered=details.get("not_recovered"),
         sizes=sizes,
         params_before=details["params_before"],
         params_after=details["params_after"],

@@ -62,12 +62,16 @@ def render_explanation(explained: Explanation) -> RenderableType:
 
 def chosen_words(explained: Explanation) -> str:
     """What was cut, and how it was chosen."""
+    gone = f"{len(explained.dropped)} of {len(explained.layers)} layers went ({ranges(explained.dropped)})"
     if explained.backend == "megatron":
-        return f"{explained.name}: cut by ModelOpt's mcore_minitron, which does not say which layers and channels went"
+        words = [f"{explained.name}: cut by ModelOpt's mcore_minitron"]
+        words += [gone] * bool(explained.dropped)
+        if explained.not_recovered:
+            words.append(f"the result does not tell which layers and channels went: {explained.not_recovered}")
+        return "; ".join(words)
     words = []
     if explained.dropped:
         how = "as the recipe says" if explained.depth_method == "given" else f"by {method(explained.depth_method)}"
-        gone = f"{len(explained.dropped)} of {len(explained.layers)} layers went ({ranges(explained.dropped)})"
         words.append(f"{gone}, {how}")
     if widths := [SIZE_WORDS[s.size] for s in explained.sizes if "layers" not in s.size]:
         words.append(f"{_listed(widths)} cut by {method(explained.width_method)}")

@@ -5,6 +5,7 @@ prune_minitron.py --pp_size N ...`, a Hugging Face checkpoint in and one out. It
 published; every command is checked against that list when it is composed, and against the script that is really there
 before it is run. Sizes become its `--prune_export_config`; a target of parameters or memory becomes its own search,
 which ranks shapes by MMLU. What the script cannot be told (which layers go, fewer KV groups, speed) is an error here.
+It does not repair, nor say what it kept; recover.py finds that out, and the stage repairs the result as its own.
 
 It writes config.json from Megatron's numbers and leaves some fields of families as they were; `result_shape` puts those
 right and checks that what came out is a plain checkpoint of the shape that was asked for. Nothing here imports torch.
@@ -239,8 +240,6 @@ def _check_config(config: Prune, shape: ModelShape) -> None:
             raise InputError(f"backend: megatron ranks by Minitron's own scores; leave {field} out (it is {only!r})")
     if "search" in config.model_fields_set:
         raise InputError("backend: megatron does not search for the layers to keep; leave `search` out")
-    if config.repair.kinds not in ("auto", ()):
-        raise InputError("backend: megatron does not repair what it cuts; leave `repair` out")
     if config.drop_layers is not None:
         raise InputError("backend: megatron chooses the layers itself; give num_layers instead of drop_layers")
     fields = [field for field in shape.family.per_layer_lists if field != "layer_types" and shape.config.get(field)]

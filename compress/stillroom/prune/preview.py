@@ -22,7 +22,8 @@ from stillroom.prune.targets import target_shape
 from stillroom.recipe import Prune, RepairKind, Target
 
 SIZES = ("num_layers", "num_decoder_layers", *SIZE_AXES)
-FROM_DISK = "the model does not fit in this machine's memory, and is read layer by layer from disk"
+NOT_IN_MEMORY = "the model does not fit in this machine's memory"
+FROM_DISK = f"{NOT_IN_MEMORY}, and is read layer by layer from disk"
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,18 @@ class Preview:
             found.append(f"layers: by {self.depth}" + (f" ({self.depth_why})" if self.depth_why else ""))
         if self.width:
             found.append(f"widths: by {self.width}")
+        found.append(f"repair: {self._repair_words()}")
         if self.command:
             found.append(f"command: {shlex.join(self.command)}")
-        elif self.repair is None:
-            found.append("repair: what each candidate's cut allows")
+        return found
+
+    def _repair_words(self) -> str:
+        if self.repair is None:
+            words = "what the cut allows" if self.command else "what each candidate's cut allows"
         else:
             reasons = "; ".join(f"{kind}: {why}" for kind, why in self.not_repaired.items())
-            found.append(f"repair: {', '.join(self.repair) or 'none'}" + (f" ({reasons})" if reasons else ""))
-        return found
+            words = (", ".join(self.repair) or "none") + (f" ({reasons})" if reasons else "")
+        return words + ", where the result tells what stayed" * bool(self.command and self.repair != ())
 
 
 def preview(config: Prune, shape: ModelShape, source_dir: Path, out_dir: Path, machine: Machine, dtype: str) -> Preview:
@@ -86,15 +91,18 @@ def preview(config: Prune, shape: ModelShape, source_dir: Path, out_dir: Path, m
     """
     target = None if config.target is not None else target_shape(config, shape)
     sizes = {} if target is None else _cut_sizes(shape, target)
+    in_memory = shape.weight_bytes(dtype) <= WEIGHTS_SHARE * machine.model_memory_bytes
     if config.backend == "megatron":
         gpus = max(1, len(machine.gpus))
         files = {"scores_dir": Path("SCORES"), "calibration_file": Path("CALIBRATION.jsonl")}
-        return Preview(sizes=sizes, command=tuple(megatron.command(config, shape, source_dir, out_dir, gpus, **files)))
-    in_memory = shape.weight_bytes(dtype) <= WEIGHTS_SHARE * machine.model_memory_bytes
+        command = tuple(megatron.command(config, shape, source_dir, out_dir, gpus, **files))
+        kinds, reasons = _repair(config, shape, target, None if in_memory else NOT_IN_MEMORY)
+        return Preview(sizes=sizes, repair=kinds, not_repaired=reasons, command=command)
     layers_go = target is None or target.total_layers < shape.total_layers
     widths_go = target is None or any(size in sizes for size in SIZE_AXES)
     depth, why = _depth(config, shape, in_memory) if layers_go else (None, None)
-    kinds, reasons = (None, {}) if target is None else _repair(config, shape, target, in_memory)
+    from_disk = not in_memory and target is not None  # a search for a target is refused then
+    kinds, reasons = _repair(config, shape, target, FROM_DISK if from_disk else None)
     return Preview(
         sizes=sizes,
         depth=depth,
@@ -123,13 +131,15 @@ def _depth(config: Prune, shape: ModelShape, in_memory: bool) -> tuple[str, str 
 
 
 def _repair(
-    config: Prune, shape: ModelShape, target: ModelShape, in_memory: bool
-) -> tuple[tuple[RepairKind, ...], dict[str, str]]:
-    """The kinds, and where `auto` finds none, why."""
-    possible = repair_kinds(config.repair, shape, target)
+    config: Prune, shape: ModelShape, target: ModelShape | None, too_large: str | None
+) -> tuple[tuple[RepairKind, ...] | None, dict[str, str]]:
+    """The kinds, and where `auto` finds none, why; None for what depends on a search."""
+    possible = None if target is None else repair_kinds(config.repair, shape, target)
     kinds: tuple[RepairKind, ...] = get_args(RepairKind)
-    if possible and not in_memory and config.repair.kinds == "auto":
-        return (), {"all": FROM_DISK}
+    if possible != frozenset() and too_large and config.repair.kinds == "auto":
+        return (), {"all": too_large}
+    if target is None or possible is None:
+        return (None if config.repair.kinds else ()), {}
     if possible or config.repair.kinds != "auto":
         return tuple(kind for kind in kinds if kind in possible), {}
     return (), {kind: why for kind in kinds if (why := forbidden(kind, shape, target))}

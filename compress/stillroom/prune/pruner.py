@@ -30,7 +30,7 @@ from stillroom.models.load import load_model
 from stillroom.models.shape import ModelShape
 from stillroom.prune.allowed import SEARCHES, what_to_score
 from stillroom.prune.choice import width_cut
-from stillroom.prune.cut import Cut, tensor_cut
+from stillroom.prune.cut import Cut, selected
 from stillroom.prune.depth_search import (
     DepthScorer,
     Evolution,
@@ -307,10 +307,12 @@ class Pruner:
             norm_means=scores.norm_means if scores else None,
             progress=report,
         )
+        return self.repair(cut, target, out_dir, compare=compare)
+
+    def repair(self, cut: Cut, target: ModelShape, out_dir: Path, *, compare: bool = False) -> Made:
+        """Repair the checkpoint in `out_dir` in place: what `cut` left, a model of shape `target`, whoever cut it."""
         kinds = repair_kinds(self.config.repair, self.shape, target)
-        if self.why_no_search:
-            return Made(cut, target)
-        if not kinds and not compare:
+        if self.why_no_search or not (kinds or compare):
             return Made(cut, target)
         return self._repaired(cut, target, kinds, out_dir)
 
@@ -325,7 +327,7 @@ class Pruner:
             layers=cut.layers,
             hidden=cut.hidden,
             narrowed=is_narrowed(self.shape, target),
-            kept_rows=lambda name, weight: tensor_cut(name, self.shape, whole_rows, {}).of_rows(weight),
+            kept_rows=lambda name, weight: selected(name, weight, self.shape, whole_rows),
         )
         text = self.fitting_NT[: self._num_windows(self.config.repair.tokens)]
         sweep = Sweep(

@@ -2,7 +2,8 @@
 
 With `drop_layers` and `repair: []` the dense model is never loaded and no text is read. All scores are kept in
 importance.json beside the weights, and the search for a target in frontier.json, so that the report can show why each
-layer went and what else could have been.
+layer went and what else could have been. With `backend: megatron` another program chooses and cuts; what it kept is
+found out from what it wrote, and repaired all the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from stillroom.artifact import write_atomically
 from stillroom.distill.data import calibration_windows, documents
-from stillroom.errors import InputError
+from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.machine import this_machine
 from stillroom.models.load import load_tokenizer
 from stillroom.models.shape import ModelShape
@@ -28,10 +29,11 @@ from stillroom.prune.frontier import Frontier, write_frontier
 from stillroom.prune.importance.scores import Importance
 from stillroom.prune.lost import what_went
 from stillroom.prune.pruner import Made, Pruner
+from stillroom.prune.recover import NotRecovered, recover_cut
 from stillroom.prune.search import search_shape
 from stillroom.prune.surgery import source_shape
 from stillroom.prune.targets import target_shape
-from stillroom.recipe import Prune
+from stillroom.recipe import Prune, Repair
 from stillroom.stage import Job, StageResult
 
 log = logging.getLogger(__name__)
@@ -50,8 +52,7 @@ def run(job: Job) -> StageResult:
         return _by_megatron(job, shape)
     check_prune(config, shape)
     target = None if config.target is not None else target_shape(config, shape)
-    windows_NT = _windows(job) if reads_text(config, shape) else torch.empty(0, 1, dtype=torch.long)
-    pruner = Pruner(config, shape, job.source.model_dir, windows_NT, job.scratch_dir, job.seed, job.progress)
+    pruner = _pruner(job, shape)
     pruner.check_memory()
     frontier = None
     if target is None:
@@ -63,9 +64,15 @@ def run(job: Job) -> StageResult:
     scores = pruner.scores_of(made.shape)
     if scores:
         write_atomically(job.out_dir / IMPORTANCE_FILE, json.dumps(score_tables(scores)) + "\n")
-    details = _details(pruner, made, frontier)
+    details = _chosen(pruner, made, frontier) | _details(pruner, made)
     _say(job, shape, made)
-    return StageResult(tokens=windows_NT.numel() or None, details=details)
+    return StageResult(tokens=pruner.windows_NT.numel() or None, details=details)
+
+
+def _pruner(job: Job, shape: ModelShape) -> Pruner:
+    """The model, with the text that the recipe needs."""
+    windows_NT = _windows(job) if reads_text(job.config, shape) else torch.empty(0, 1, dtype=torch.long)
+    return Pruner(job.config, shape, job.source.model_dir, windows_NT, job.scratch_dir, job.seed, job.progress)
 
 
 def _windows(job: Job) -> Tensor:
@@ -87,12 +94,10 @@ def _windows(job: Job) -> Tensor:
 
 
 def _by_megatron(job: Job, shape: ModelShape) -> StageResult:
-    """ModelOpt's own pruner, as a process."""
+    """ModelOpt's own pruner, as a process, and what repair can do about its cut."""
     config: Prune = job.config
     megatron.require_image()
     text = job.scratch_dir / "calibration.jsonl"
-    rows = (document for source in job.text for document in documents(source, job.inputs) if isinstance(document, str))
-    megatron.write_calibration(rows, text)
     argv = megatron.command(
         config,
         shape,
@@ -103,9 +108,34 @@ def _by_megatron(job: Job, shape: ModelShape) -> StageResult:
         scores_dir=job.scratch_dir / "scores",
         calibration_file=text,
     )
+    check_prune(config, shape)
+    pruner = _pruner(job, shape)
+    if pruner.why_no_search:
+        _not_repaired(job, pruner.why_no_search)
+    rows = (document for source in job.text for document in documents(source, job.inputs) if isinstance(document, str))
+    megatron.write_calibration(rows, text)
     megatron.run_backend(argv, job.out_dir, job.scratch_dir / "megatron.log", log=job.progress.log)
     target = megatron.result_shape(config, shape, job.out_dir)
-    return StageResult(details={"backend": "megatron", **_sizes(shape, target)})
+    details: dict[str, Any] = {"backend": "megatron"}
+    try:
+        cut = recover_cut(job.source.model_dir, shape, job.out_dir, target)
+    except NotRecovered as reason:
+        _not_repaired(job, f"what stayed cannot be told from the result: {reason}")
+        return StageResult(details=details | {"not_recovered": str(reason)} | _sizes(shape, target))
+    made = pruner.repair(cut, target, job.out_dir)
+    _say(job, shape, made)
+    return StageResult(tokens=pruner.windows_NT.numel() or None, details=details | _details(pruner, made))
+
+
+def _not_repaired(job: Job, reason: str) -> None:
+    """Say why, unless no repair is wanted. Raises EnvironmentCannot where the recipe names one."""
+    asked: Repair = job.config.repair
+    if asked.kinds not in ("auto", ()):
+        raise EnvironmentCannot(
+            f"repair {', '.join(asked.kinds)} cannot be done: {reason}; give repair: [] to do without"
+        )
+    if asked.kinds:
+        job.progress.log(f"not repaired: {reason}")
 
 
 def _say(job: Job, shape: ModelShape, made: Made) -> None:
@@ -118,17 +148,25 @@ def _say(job: Job, shape: ModelShape, made: Made) -> None:
     job.progress.log(line)
 
 
-def _details(pruner: Pruner, made: Made, frontier: Frontier | None) -> dict[str, Any]:
-    shape = pruner.shape
+def _chosen(pruner: Pruner, made: Made, frontier: Frontier | None) -> dict[str, Any]:
+    """How it was chosen what goes."""
     scores = pruner.scores_of(made.shape)
     influence = scores.block_influence if scores else None
     return {
-        "kept_layers": list(made.cut.layers),
-        "dropped_layers": [i for i in range(shape.total_layers) if i not in made.cut.layers],
         "depth_importance": pruner.depth_method,
         "width_importance": pruner.config.width_importance,
         "block_influence": None if influence is None else _rounded(influence),
         "layer_kl": pruner.layer_costs(made.shape),
+        "searched_shapes": len(frontier.candidates) if frontier else 0,
+    }
+
+
+def _details(pruner: Pruner, made: Made) -> dict[str, Any]:
+    """What went, and what that cost, whoever cut it."""
+    shape = pruner.shape
+    return {
+        "kept_layers": list(made.cut.layers),
+        "dropped_layers": [i for i in range(shape.total_layers) if i not in made.cut.layers],
         "kl_cut": made.kl_cut,
         "kl": made.kl,
         "repairs": [
@@ -143,9 +181,8 @@ def _details(pruner: Pruner, made: Made, frontier: Frontier | None) -> dict[str,
             }
             for attempt in made.attempts
         ],
-        **what_went(scores, shape, made.cut),
+        **what_went(pruner.scores_of(made.shape), shape, made.cut),
         **_sizes(shape, made.shape),
-        "searched_shapes": len(frontier.candidates) if frontier else 0,
         "calibration_samples": len(pruner.windows_NT),
         "calibration_tokens": pruner.windows_NT.numel(),
     }

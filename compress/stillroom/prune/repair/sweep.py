@@ -20,7 +20,7 @@ must fall, or the weight stays. No shape changes, no parameter is added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,7 +79,7 @@ class Pair:
     layers: tuple[int, ...]
     """The dense model's layers that the cut one has."""
     hidden: tuple[int, ...] | None
-    """Its kept hidden channels; None for all."""
+    """Its kept hidden channels, in its order; None for all as they were."""
     narrowed: bool
     """Whether FFN channels or heads went."""
     kept_rows: Callable[[str, Tensor], Tensor]
@@ -192,18 +192,18 @@ class Sweep:
         readers = self._reader_sites(layer)
         for site in readers[:1]:
             self._try(layer, source, site, self._readout(layer, source, site, seen))
-        self._try_writer(layer, source, "attention", [batch.middle for batch in seen], gap=False)
+        self._try_writer(layer, source, "attention", (self._kept(batch.middle) for batch in seen), gap=False)
         for site in readers[1:]:
             self._try(layer, source, site, self._readout(layer, source, site, seen))
         after = [batch.after for batch in seen]
-        if last and self._tied and self.readers:
-            after = self._from_which_the_head_reads(after)
-        self._try_writer(layer, source, "ffn", after, gap=gap)
+        by_head = last and self._tied and self.readers
+        goals = self._from_which_the_head_reads(after) if by_head else (self._kept(states) for states in after)
+        self._try_writer(layer, source, "ffn", goals, gap=gap)
 
     def _try_writer(
-        self, layer: int, source: int, role: Literal["attention", "ffn"], goals: list[Tensor], *, gap: bool
+        self, layer: int, source: int, role: Literal["attention", "ffn"], goals: Iterable[Tensor], *, gap: bool
     ) -> None:
-        """Solve for what brings the residual stream to the goals, dense states (B, T, D) after this module."""
+        """Solve for what brings the residual stream to the goals, what it should be (B, T, d) after this module."""
         kind: RepairKind = "reconstruct" if self.pair.narrowed else "refit"
         wanted: list[RepairKind] = [k for k in (kind, "fold") if k in self.kinds and (k != "fold" or gap)]
         family = self.pair.family
@@ -214,8 +214,8 @@ class Sweep:
         weight = matrix(module)
         sums = LeastSquares(weight.shape[1], weight.shape[0], weight.device)
         for states, goal in zip(self.cut, goals, strict=True):
-            inputs, target = self._writer_sample(layer, role, name.format(layer=layer), states, self._kept(goal))
-            sums.add(inputs, target, _evenly(self._kept(goal)))
+            inputs, target = self._writer_sample(layer, role, name.format(layer=layer), states, goal)
+            sums.add(inputs, target, _evenly(goal))
         proposals: list[Proposal] = [
             (kind, strength, [(fold if kind == "fold" else ridge)(sums, weight, strength)])
             for kind in wanted
@@ -239,9 +239,8 @@ class Sweep:
         return inputs.flatten(0, 1), (goal.float() - written.float() + product.float()).flatten(0, 1)
 
     def _kept(self, dense_BTD: Tensor) -> Tensor:
-        """The kept channels of dense states."""
-        hidden = self.pair.hidden
-        return dense_BTD if hidden is None or dense_BTD.shape[-1] == len(hidden) else dense_BTD[..., list(hidden)]
+        """The kept channels of dense states, in the cut model's order."""
+        return dense_BTD if self.pair.hidden is None else dense_BTD[..., list(self.pair.hidden)]
 
     def _reader_sites(self, layer: int) -> list[Site]:
         if not self.readers:
