@@ -96,7 +96,8 @@ def run_step(step: Step, artifacts: Mapping[str, Artifact], run_dir: Path, repor
     inputs = {role: artifacts[name] for role, name in step.inputs.items()}
     reporter.started(step.name, step.kind, number)
     began = time.monotonic()
-    job = Job(step.name, step.config, inputs, step.text, out, scratch, step.seed, reporter.progress(step.name))
+    progress = reporter.progress(step.name)
+    job = Job(step.name, step.config, inputs, step.text, out, scratch, step.seed, progress, step.evaluated)
     try:
         quiet_libraries()
         run_stage = STAGES[step.kind].load()

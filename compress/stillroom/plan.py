@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from stillroom import text
 from stillroom.artifact import Artifact, artifact_key, file_sha256, open_artifact
+from stillroom.evaluation_text import EvaluationText, evaluation_text
 from stillroom.models.source import ResolvedSource, resolve
 from stillroom.prune.correction import load_table
 from stillroom.recipe import Distill, Prune, Quantize, Recipe, TextSource
@@ -40,6 +41,8 @@ class Step:
     text: tuple[TextSource, ...]
     seed: int
     key: str
+    evaluated: EvaluationText | None = None
+    """What `text` is kept clear of."""
 
     @property
     def dir_name(self) -> str:
@@ -82,6 +85,7 @@ class _Builder:
         *,
         seed: int | None = None,
         fingerprint: str | None = None,
+        evaluated: EvaluationText | None = None,
     ) -> str:
         inputs = inputs or {}
         seed = self.recipe.seed if seed is None else seed
@@ -90,9 +94,11 @@ class _Builder:
             determined["fingerprint"] = fingerprint
         if sources:
             determined["text"] = [[source.model_dump(mode="json"), text.fingerprint(source)] for source in sources]
+        if evaluated is not None:
+            determined["evaluated"] = evaluated.fingerprints()
         parents = {role: self.steps[step].key for role, step in inputs.items()}
         key = artifact_key(kind, STAGES[kind].version, determined, parents)
-        self.steps[name] = Step(name, kind, config, inputs, sources, seed, key)
+        self.steps[name] = Step(name, kind, config, inputs, sources, seed, key, evaluated)
         return name
 
     def add_model(self, name: str, source: Any) -> str:
@@ -136,6 +142,7 @@ def make_plan(recipe: Recipe) -> Plan:
     build.add_teacher_text(recipe.data.heldout, "heldout")
     train, heldout = recipe.data.train, recipe.data.heldout
     heldout_inputs = build.text_inputs(heldout, "heldout")
+    evaluated = evaluation_text(recipe)
 
     def evaluate(variant: str) -> None:
         if recipe.evaluate is not None:
@@ -149,7 +156,7 @@ def make_plan(recipe: Recipe) -> Plan:
         inputs = {"source": source, **build.text_inputs(train, "train")}
         if isinstance(config, Distill | Quantize):
             inputs["dense"] = "dense"
-        build.add(name, config.kind, config, inputs, train)
+        build.add(name, config.kind, config, inputs, train, evaluated=evaluated)
         reads = {"source": name, "reference": source, **heldout_inputs}
         build.add(f"verify:{name}", "verify", recipe.verify, reads, heldout)
         evaluate(name)

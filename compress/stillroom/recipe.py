@@ -103,6 +103,9 @@ class Data(Frozen):
     """Text for importance, distillation and calibration: a blend by weight."""
     heldout: tuple[TextSource, ...] = Field(default=(TextSource(source="python-docs"),), min_length=1)
     """Text for verification and perplexity, each source measured by itself."""
+    decontaminate: bool = True
+    """Leave out documents of `train` that share 13 words in a row with `heldout` or with the local data of a task
+    (GPT-3, arXiv 2005.14165, appendix C); what went is counted in the log and in the details of a distill stage."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Data:

@@ -14,7 +14,7 @@ from stillroom.models.shape import ModelShape, require_decoder, shape_of
 from stillroom.models.weights import check_known
 from stillroom.plan import Plan, Step
 from stillroom.prune.allowed import check_prune
-from stillroom.recipe import Distill, Evaluate, Prune, Quantize, Verify
+from stillroom.recipe import Distill, Evaluate, Prune, Quantize, TextSource, Verify
 from stillroom.text import HUB, TEACHER
 
 FOR_DECODERS = {
@@ -71,22 +71,31 @@ def _check_windows(plan: Plan, todo: Sequence[Step]) -> None:
     dense = plan.sources["dense"]
     if dense.kind != "directory" or dense.path is None:
         return
-    if any(text.source == TEACHER or text.source.startswith(HUB) for text in plan.recipe.data.train):
+    if not all(_is_here(text) for text in plan.recipe.data.train):
         return
     wanted = [(step, *needs) for step in todo if (needs := _windows_of(step)) is not None]
     if not wanted:
         return
-    from stillroom.distill.data import packed_windows
+    from stillroom.distill.data import contamination_of, packed_windows
     from stillroom.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(dense.path)
+    evaluated = wanted[0][0].evaluated
+    if evaluated is not None and not all(_is_here(text) for text in evaluated.heldout):
+        evaluated = None
     for step, length, count in wanted:
-        found = len(packed_windows(step.text, {}, tokenizer, length, count, seed=step.seed))
+        clear_of = contamination_of(evaluated, tokenizer)
+        found = len(packed_windows(step.text, {}, tokenizer, length, count, seed=step.seed, clear_of=clear_of))
         if found < count:
             raise InputError(
                 f"stage {step.name!r} needs {count} windows of {length} tokens, one to choose on and one kept apart, "
                 f"and the text fills {found}: lower calibration.sequence_length or give more text"
             )
+
+
+def _is_here(text: TextSource) -> bool:
+    """Neither to be fetched nor to be written yet."""
+    return text.source != TEACHER and not text.source.startswith(HUB)
 
 
 def _windows_of(step: Step) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from stillroom.artifact import Artifact, Measurement
+from stillroom.evaluation_text import EvaluationText
 from stillroom.recipe import TextSource
 
 
@@ -46,6 +47,8 @@ class Job:
     """Kept across kills, thrown away when the stage is sealed."""
     seed: int
     progress: Progress
+    evaluated: EvaluationText | None = None
+    """What `text` is kept clear of; None: nothing."""
 
     @property
     def source(self) -> Artifact:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs import artifact_at
 from stillroom.artifact import Artifact
+from stillroom.evaluation_text import EvaluationText
 from stillroom.recipe import TextSource
 from stillroom.stage import Job
 
@@ -54,8 +55,10 @@ def job_for(
     text: tuple[TextSource, ...] = (),
     seed: int = 0,
     progress: Remembered | None = None,
+    evaluated: EvaluationText | None = None,
 ) -> Job:
     """A job that writes into tmp_path/out and keeps its scratch in tmp_path/scratch; both may be there already."""
     for name in ("out", "scratch"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
-    return Job("job", config, inputs, text, tmp_path / "out", tmp_path / "scratch", seed, progress or Remembered())
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    return Job("job", config, inputs, text, out, scratch, seed, progress or Remembered(), evaluated)

@@ -42,7 +42,8 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def pruned(folder: Path, family: str) -> dict[str, Artifact]:
     """The artifacts of a run that cuts a tiny model and copies it out with scheme none."""
     tiny_checkpoint(folder / "model", family)
-    data = {"train": [str(folder / "train.txt")], "heldout": [{"source": str(folder / "heldout.txt"), "name": "held"}]}
+    heldout = {"source": str(folder / "heldout.txt"), "name": "held"}
+    data = {"train": [str(folder / "train.txt")], "heldout": [heldout], "decontaminate": False}
     stages = [
         {"kind": "prune", "calibration": TINY_CALIBRATION} | CUTS[family],
         {"kind": "quantize", "name": "plain", "scheme": "none"},

@@ -18,7 +18,7 @@ def recipe_of(folder: Path) -> Path:
     target = {"params": params * 3 // 4, "candidates": 4, "rerank": 1, "rerank_tokens": 128}
     search = {"tokens": 128, "generations": 1, "offspring": 2, "finalists": 1}
     prune = {"kind": "prune", "target": target, "search": search, "calibration": TINY_CALIBRATION}
-    data = {"train": [str(folder / "train.txt")], "heldout": [str(folder / "heldout.txt")]}
+    data = {"train": [str(folder / "train.txt")], "heldout": [str(folder / "heldout.txt")], "decontaminate": False}
     return tiny_recipe(folder, stages=[prune], evaluate=None, gates=[], data=data)
 
 

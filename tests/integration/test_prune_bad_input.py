@@ -46,6 +46,7 @@ def text_of(folder: Path) -> dict[str, Any]:
     return {
         "train": [str(folder / "recipe" / "train.txt")],
         "heldout": [{"source": str(folder / "recipe" / "heldout.txt"), "name": "heldout"}],
+        "decontaminate": False,
     }
 
 
@@ -151,15 +152,22 @@ def test_what_a_family_s_architecture_forbids(
 def test_text_that_fills_no_window(run: Run, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("The still was small and the fire was low.")
-    data = {"train": [str(short)], "heldout": [str(short)]}
+    data = {"train": [str(short)], "heldout": [str(short)], "decontaminate": False}
     refused(run({"num_layers": 3}, data=data), "tokens, a window needs 64; lower sequence_length", tmp_path)
 
 
 def test_text_that_fills_one_window_and_leaves_none_to_judge_by(run: Run, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("The still was small and the fire was low. " * 5)
-    data = {"train": [str(short)], "heldout": [str(short)]}
+    data = {"train": [str(short)], "heldout": [str(short)], "decontaminate": False}
     refused(run({"num_layers": 3}, data=data), "needs 2 windows of 64 tokens", tmp_path)
+
+
+def test_text_that_is_what_is_measured_on(run: Run, tmp_path: Path) -> None:
+    same = tmp_path / "same.txt"
+    same.write_text("The still was small and the fire was low, so the rose water came slowly. " * 50)
+    data = {"train": [str(same)], "heldout": [str(same)]}
+    refused(run({"num_layers": 3}, data=data), "share 13 words in a row with the evaluation text", tmp_path)
 
 
 def test_weights_that_are_no_numbers(run: Run, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_qwen3_recipe_runs_at_toy_size(recipe: str, tmp_path: Path) -> None:
     overrides = [
         f"model={dense}",
         f"baselines.qwen3-4b={sibling}",
-        f"data={{train: [{train}, {{source: teacher, tokens: 256}}], heldout: [{heldout}]}}",
+        f"data={{train: [{train}, {{source: teacher, tokens: 256}}], heldout: [{heldout}], decontaminate: false}}",
         *SMALL_CUT[recipe],
         f"stages.0.calibration={SMALL_CALIBRATION}",
         "stages.0.search={generations: 1, offspring: 2, finalists: 2}",

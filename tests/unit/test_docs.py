@@ -94,6 +94,7 @@ def test_the_commands_of_the_pruning_page_do_what_it_says(tmp_path: Path) -> Non
         "search": {"tokens": 64, "generations": 1, "offspring": 2, "finalists": 1},
         "repair": {"tokens": 128, "heldout_tokens": 64},
     }
+    recipe["data"]["decontaminate"] = False  # the tiny texts are of the same few sentences
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     ours = [line for line in code_lines(PRUNING) if line.startswith("stillroom ") and re.search("my.yaml|mine", line)]
     answers = [stillroom(*shlex.split(line)[1:], home=tmp_path / "home", cwd=tmp_path) for line in ours]

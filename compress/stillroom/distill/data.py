@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stillroom.artifact import Artifact
+from stillroom.distill.decontaminate import GRAM_WORDS, MAX_GRAMS, Contamination, Dropped, contamination, plain
 from stillroom.errors import InputError
+from stillroom.evaluation_text import EvaluationText, task_texts
 from stillroom.recipe import TextSource
 from stillroom.stage import Job
 from stillroom.text import TEACHER, Document, read_documents
@@ -71,6 +73,52 @@ def documents(source: TextSource, inputs: Mapping[str, Artifact]) -> Iterator[Do
     return read_documents(source, written)
 
 
+def contamination_of(evaluated: EvaluationText | None, tokenizer: PreTrainedTokenizerBase) -> Contamination | None:
+    """What training text is kept clear of; None where the recipe wants nothing."""
+    return None if evaluated is None else contamination(_evaluated_texts(evaluated, tokenizer))
+
+
+def _evaluated_texts(evaluated: EvaluationText, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    for source in evaluated.heldout:
+        left = source.tokens
+        for document in read_documents(source):
+            yield plain(document)
+            if left is not None and (left := left - _num_tokens(document, tokenizer, source.source)) <= 0:
+                break
+    for path in evaluated.task_files:
+        yield from task_texts(path)
+
+
+def clear_documents(job: Job, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
+    """All documents of the job's text, source after source, without those that decontamination leaves out."""
+    clear_of = contamination_of(job.evaluated, tokenizer)
+    for source in job.text:
+        found = documents(source, job.inputs)
+        yield from found if clear_of is None else _clean(found, source, tokenizer, clear_of, None)
+    decontamination_details(clear_of, job)
+
+
+def decontamination_details(clear_of: Contamination | None, job: Job) -> dict[str, dict[str, int]]:
+    """What was left out of each source, for a stage's details; it is said in the log as well."""
+    if clear_of is None or job.evaluated is None:
+        return {}
+    for label, counts in clear_of.dropped.items():
+        if counts.documents:
+            job.progress.log(
+                f"decontamination left out {counts.documents:,} of {counts.read_documents:,} documents of {label} "
+                f"({counts.tokens:,} tokens), which share {GRAM_WORDS} words in a row with the evaluation text"
+            )
+    if not clear_of.complete:
+        job.progress.log(
+            f"warning: decontamination saw no more than {MAX_GRAMS:,} n-grams of the evaluation text; give `tokens` of "
+            "the held-out sources"
+        )
+    if job.evaluated.hub_tasks:
+        tasks = ", ".join(job.evaluated.hub_tasks)
+        job.progress.log(f"decontamination does not see the questions of tasks that come from the hub: {tasks}")
+    return {label: asdict(counts) for label, counts in clear_of.dropped.items()}
+
+
 def as_text(document: Document, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     """Plain text as it is; a conversation as the chat template writes it, special tokens spelled out."""
     if isinstance(document, str):
@@ -93,7 +141,12 @@ def calibration_windows(job: Job, tokenizer: PreTrainedTokenizerBase, sequence_l
 
     Raises InputError when the text does not fill one.
     """
-    return packed_windows(job.text, job.inputs, tokenizer, sequence_length, num_windows, seed=job.seed).long()
+    clear_of = contamination_of(job.evaluated, tokenizer)
+    windows = packed_windows(
+        job.text, job.inputs, tokenizer, sequence_length, num_windows, seed=job.seed, clear_of=clear_of
+    )
+    decontamination_details(clear_of, job)
+    return windows.long()
 
 
 def packed_windows(
@@ -104,15 +157,16 @@ def packed_windows(
     num_windows: int,
     *,
     seed: int,
+    clear_of: Contamination | None = None,
 ) -> Tensor:
     """At most `num_windows` windows of the blend, (N, T) int32: fewer when every source was read once before.
 
-    Raises InputError when the text does not fill one.
+    What is left out because of `clear_of` is counted there. Raises InputError when the text does not fill one.
     """
     windows: list[Tensor] = []
     pending: list[int] = []
     around = borders(tokenizer)
-    for ids in blend(sources, inputs, tokenizer, seed=seed):
+    for ids in blend(sources, inputs, tokenizer, seed=seed, clear_of=clear_of):
         _lay_down(ids, pending, around)
         windows += _cut(pending, sequence_length, around.bos)
         if len(windows) >= num_windows:
@@ -165,6 +219,7 @@ def blend(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
+    clear_of: Contamination | None = None,
 ) -> Iterator[list[int]]:
     """Documents as token ids, the sources' tokens in proportion to their weights.
 
@@ -173,6 +228,8 @@ def blend(
 
     def one_pass(source: TextSource, number: int) -> Iterator[list[int]]:
         shuffled = shuffle(documents(source, inputs), random.Random(f"{seed}/{source.label}/{number}"))
+        if clear_of is not None:
+            shuffled = _clean(shuffled, source, tokenizer, clear_of, Dropped() if number else None)
         return _capped(tokenize(shuffled, tokenizer, source.source), _cap(source))
 
     streams = [_Stream(source, one_pass(source, 0)) for source in sources]
@@ -184,11 +241,38 @@ def blend(
             yield ids
             continue
         if stream.tokens == 0:
+            if clear_of is not None and (dropped := clear_of.dropped[stream.source.label].documents):
+                raise InputError(
+                    f"all {dropped} documents of {stream.source.source} share {GRAM_WORDS} words in a row with the "
+                    "evaluation text; give other text, or set data.decontaminate to false"
+                )
             raise InputError(f"{stream.source.source} is empty: it holds no document with text")
         stream.passes += 1
         if all(s.passes for s in streams):
             return
         stream.ids = one_pass(stream.source, stream.passes)
+
+
+def _clean(
+    items: Iterable[Document],
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    clear_of: Contamination,
+    counts: Dropped | None,
+) -> Iterator[Document]:
+    """The documents that are clear; the others are counted, in `clear_of` unless `counts` is another place."""
+    counts = clear_of.dropped.setdefault(source.label, Dropped()) if counts is None else counts
+    for document in items:
+        counts.read_documents += 1
+        if clear_of.touches(document):
+            counts.documents += 1
+            counts.tokens += _num_tokens(document, tokenizer, source.source)
+        else:
+            yield document
+
+
+def _num_tokens(document: Document, tokenizer: PreTrainedTokenizerBase, where: str) -> int:
+    return sum(len(ids) for ids in tokenize([document], tokenizer, where))
 
 
 def shuffle(items: Iterable[Document], generator: random.Random) -> Iterator[Document]:

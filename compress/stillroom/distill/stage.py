@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom.artifact import write_atomically
-from stillroom.distill.data import packed_windows
+from stillroom.distill.data import contamination_of, decontamination_details, packed_windows
+from stillroom.distill.decontaminate import Contamination
 from stillroom.distill.train import BYTES_PER_PARAM, Point, Student, mean_kl, train
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.export.checkpoint import save_checkpoint
@@ -39,7 +40,9 @@ def run(job: Job) -> StageResult:
     shape, teacher_shape = (shape_of(read_config(path), str(path)) for path in (student_dir, teacher_dir))
     tokenizer = load_tokenizer(student_dir)
     _check(job, shape, teacher_shape, tokenizer, load_tokenizer(teacher_dir))
-    windows, validation = _windows(job, tokenizer)
+    clear_of = contamination_of(job.evaluated, tokenizer)
+    windows, validation = _windows(job, tokenizer, clear_of)
+    dropped = decontamination_details(clear_of, job)
     job.progress.log(
         f"{config.num_steps} steps of {config.batch_size} x {config.sequence_length} tokens from {len(windows)} windows"
     )
@@ -59,7 +62,8 @@ def run(job: Job) -> StageResult:
     _save_curve(job.out_dir / LOSS_FILE, history)
     return StageResult(
         tokens=history[-1].tokens,
-        details=_details(history, len(windows)) | {"validation_kl_before": kl_before, "validation_kl_after": kl_after},
+        details=_details(history, len(windows))
+        | {"validation_kl_before": kl_before, "validation_kl_after": kl_after, "decontamination": dropped},
     )
 
 
@@ -95,11 +99,13 @@ def _check(
         )
 
 
-def _windows(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+def _windows(job: Job, tokenizer: PreTrainedTokenizerBase, clear_of: Contamination | None) -> tuple[Tensor, Tensor]:
     """Windows to train on and windows kept apart, (N, T) each; the latter may be none."""
     config: Distill = job.config
     wanted = config.num_steps * config.batch_size + VALIDATION_WINDOWS
-    windows = packed_windows(job.text, job.inputs, tokenizer, config.sequence_length, wanted, seed=job.seed)
+    windows = packed_windows(
+        job.text, job.inputs, tokenizer, config.sequence_length, wanted, seed=job.seed, clear_of=clear_of
+    )
     apart = VALIDATION_WINDOWS if len(windows) >= 4 * VALIDATION_WINDOWS else 0
     return windows[: len(windows) - apart], windows[len(windows) - apart :]
 

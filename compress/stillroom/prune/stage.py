@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stillroom.artifact import write_atomically
-from stillroom.distill.data import calibration_windows, documents
+from stillroom.distill.data import calibration_windows, clear_documents
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.machine import this_machine
 from stillroom.models.load import load_tokenizer
@@ -112,7 +112,8 @@ def _by_megatron(job: Job, shape: ModelShape) -> StageResult:
     pruner = _pruner(job, shape)
     if pruner.why_no_search:
         _not_repaired(job, pruner.why_no_search)
-    rows = (document for source in job.text for document in documents(source, job.inputs) if isinstance(document, str))
+    tokenizer = load_tokenizer(job.source.model_dir)
+    rows = (document for document in clear_documents(job, tokenizer) if isinstance(document, str))
     megatron.write_calibration(rows, text)
     megatron.run_backend(argv, job.out_dir, job.scratch_dir / "megatron.log", log=job.progress.log)
     target = megatron.result_shape(config, shape, job.out_dir)
