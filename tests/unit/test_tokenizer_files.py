@@ -11,7 +11,7 @@ import sentencepiece
 from stillroom.errors import InputError
 from stillroom.models.load import load_tokenizer
 from stillroom.models.source import checked_config, model_file_hashes
-from tiny import tiny_model, tiny_text
+from tiny import tiny_checkpoint, tiny_model, tiny_text
 
 
 def test_a_word_piece_vocabulary_alone_is_a_tokenizer(tmp_path: Path) -> None:
@@ -41,4 +41,12 @@ def test_a_sentence_piece_model_under_t5_s_name_is_a_tokenizer(tmp_path: Path) -
 def test_a_checkpoint_without_any_is_refused(tmp_path: Path) -> None:
     tiny_model("t5").save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"has no tokenizer \(tokenizer.json, .*spiece.model"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_one_is_refused(file: str, tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path)
+    (tmp_path / file).write_text('{"version": ')
+    with pytest.raises(InputError, match=r"tokenizer files in .* cannot be read .*fetch them again"):
         load_tokenizer(tmp_path)

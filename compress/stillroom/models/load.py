@@ -60,6 +60,11 @@ def load_model(
 
 
 def load_tokenizer(model_dir: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in the checkpoint directory. Raises InputError where there is none."""
+    """The tokenizer in the checkpoint directory. Raises InputError where there is none, or a damaged one."""
     require_tokenizer(model_dir)
-    return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise InputError(
+            f"the tokenizer files in {model_dir} cannot be read ({error}); fetch them again, from where the model came"
+        ) from error
