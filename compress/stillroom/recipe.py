@@ -325,6 +325,12 @@ class Prune(StageConfig):
         return {f: v for f in fields if (v := getattr(self, f)) is not None}
 
 
+Divergence = Literal["forward_kl", "reverse_kl", "skewed_kl", "js"]
+
+TEACHER_SHARE = {"skewed_kl": 0.1, "js": 0.5}
+"""Of the mixture, where the recipe does not say: the papers' choices."""
+
+
 class Distill(StageConfig):
     """Train the student toward the unpruned model's next-token distributions (Hinton et al., arXiv 1503.02531)."""
 
@@ -347,21 +353,38 @@ class Distill(StageConfig):
     """On matrices only, not on norms and biases."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this L2 norm."""
+    loss: Divergence = "forward_kl"
+    """Of the teacher's distribution p and the student's q: `forward_kl` KL(p || q), `reverse_kl` KL(q || p)
+    (arXiv 2306.08543), `skewed_kl` KL(p || mixture) (arXiv 2402.03898), `js` generalized Jensen-Shannon
+    (arXiv 2306.13649)."""
+    teacher_share: float | None = Field(default=None, gt=0, lt=1)
+    """Of the mixture that `skewed_kl` (alpha; default 0.1) and `js` (beta; default 0.5) compare with; the rest is the
+    student's."""
     temperature: float = Field(default=1.0, gt=0)
-    """Softens both distributions; the loss is multiplied by its square."""
+    """Softens both distributions; the divergence is multiplied by its square, which keeps its gradient's size."""
     ce_weight: float = Field(default=0.0, ge=0, le=1)
-    """Share of plain cross-entropy in the loss; the rest is KL(teacher || student)."""
+    """Weight of plain cross-entropy in the loss; the divergence has the rest."""
+    ce_balance: Literal["static", "proportional"] = "static"
+    """`proportional`: cross-entropy is scaled to the divergence first, by what both were a step before, so that
+    `ce_weight` is its share of the loss; 0.5 is ModelOpt's balance."""
     chunk_tokens: int = Field(default=1024, ge=1)
     """Tokens whose logits exist at one time, in float32."""
     save_every_steps: int = Field(default=50, ge=1)
     """A killed run loses at most this many steps."""
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> Distill:
+    def _options_fit(self) -> Distill:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
                 "accumulation would be uneven"
+            )
+        if self.teacher_share is not None and self.loss not in TEACHER_SHARE:
+            raise ValueError(f"teacher_share goes with loss {' or '.join(TEACHER_SHARE)}, not {self.loss}")
+        if self.ce_balance == "proportional" and not 0 < self.ce_weight < 1:
+            raise ValueError(
+                f"ce_balance proportional wants a ce_weight between 0 and 1, not {self.ce_weight:g}; "
+                "0.5 weighs both alike"
             )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
@@ -371,6 +394,11 @@ class Distill(StageConfig):
                 f"= {self.batch_size * self.sequence_length} tokens; lower batch_size or sequence_length"
             )
         return self
+
+    @property
+    def mixture(self) -> float:
+        """The teacher's share of what the loss compares with; 0 where that is the student alone."""
+        return self.teacher_share if self.teacher_share is not None else TEACHER_SHARE.get(self.loss, 0.0)
 
     @property
     def num_steps(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import resource
 import shutil
@@ -17,12 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stage_jobs import Killed, Remembered, artifact_at, job_for, kill_at
 from stillroom.distill import stage
+from stillroom.distill.closeness import closeness
 from stillroom.distill.train import (
     CHECKPOINT,
+    Point,
     Student,
     learning_rate,
     load_checkpoint,
-    mean_kl,
     save_training,
     train,
     windows_of_step,
@@ -67,6 +69,7 @@ def test_a_student_gets_closer_to_its_teacher(tmp_path: Path) -> None:
     assert result.tokens == 60 * 8 * 16
     assert result.details["steps"] == 60
     assert result.details["validation_kl_after"] < 0.8 * result.details["validation_kl_before"]
+    assert result.details["validation_agreement_after"] > result.details["validation_agreement_before"]
     assert result.details["last_loss"] < result.details["first_loss"]
     assert progress.updates[-1][:2] == (60, 60)
     curve = json.loads((tmp_path / "out" / "loss.json").read_text())
@@ -96,14 +99,17 @@ def test_other_dtypes_come_out_as_they_came(tmp_path: Path, dtype: torch.dtype) 
     assert {t.dtype for t in weights(tmp_path / "out").values()} == {dtype}
 
 
-@pytest.mark.parametrize("killed_after", [2, 3, 7])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, killed_after: int) -> None:
-    stage.run(distill_job(tmp_path / "whole", distill()))
+BALANCED: dict[str, Any] = {"loss": "js", "temperature": 2.0, "ce_weight": 0.5, "ce_balance": "proportional"}
+
+
+@pytest.mark.parametrize(("killed_after", "options"), [(2, {}), (3, {}), (7, {}), (2, BALANCED), (4, BALANCED)])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, killed_after: int, options: dict[str, Any]) -> None:
+    stage.run(distill_job(tmp_path / "whole", distill(**options)))
 
     with pytest.raises(Killed):
-        stage.run(distill_job(tmp_path / "killed", distill(), progress=kill_at(killed_after)))
+        stage.run(distill_job(tmp_path / "killed", distill(**options), progress=kill_at(killed_after)))
     again = Remembered()
-    result = stage.run(distill_job(tmp_path / "killed", distill(), progress=again))
+    result = stage.run(distill_job(tmp_path / "killed", distill(**options), progress=again))
 
     assert again.updates[0][0] == killed_after - killed_after % 3 + 1, "goes on after the last checkpoint"
     assert result.details["steps"] == 8
@@ -122,6 +128,59 @@ def test_micro_batches_and_chunks_do_not_change_what_is_learned(tmp_path: Path) 
         learned.append(student.masters)
     for name, master in learned[0].items():
         torch.testing.assert_close(master, learned[1][name], rtol=1e-4, atol=1e-5)
+
+
+def train_tiny(tmp_path: Path, config: Distill, **options: Any) -> tuple[list[Point], Student]:
+    """A student of 2 layers on 16 random windows."""
+    windows = torch.randint(0, 384, (16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    student = Student(tiny_model(seed=1, num_hidden_layers=2))
+    teacher, progress = tiny_model(seed=0), Remembered()
+    return train(student, teacher, windows, config, seed=0, scratch_dir=tmp_path, progress=progress, **options), student
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "skewed_kl", "js"])
+def test_every_loss_brings_the_student_closer(tmp_path: Path, loss: str) -> None:
+    history, _ = train_tiny(tmp_path, distill(tokens=30 * 4 * 16, loss=loss))
+    assert history[-1].divergence < 0.8 * history[0].divergence
+
+
+def test_balanced_cross_entropy_has_its_share_of_the_loss(tmp_path: Path) -> None:
+    """Of the first step's loss exactly; of a later one's by the ratio a step before it."""
+    weights = {"temperature": 2.0, "ce_weight": 0.25}
+    history, _ = train_tiny(tmp_path, distill(**weights, ce_balance="proportional", tokens=4 * 4 * 16))
+    first, *_ = history
+    assert first.loss == pytest.approx(4 * first.divergence, rel=1e-5)
+    for before, point in itertools.pairwise(history):
+        ratio = 4 * before.divergence / before.ce
+        assert point.loss == pytest.approx(0.75 * 4 * point.divergence + 0.25 * ratio * point.ce, rel=1e-5)
+
+
+def test_balancing_does_not_depend_on_micro_batches(tmp_path: Path) -> None:
+    masters = []
+    for micro_batch_size in (4, 1):
+        config = distill(**BALANCED, micro_batch_size=micro_batch_size, tokens=4 * 4 * 16)
+        masters.append(train_tiny(tmp_path, config)[1].masters)
+    for name, master in masters[0].items():
+        torch.testing.assert_close(master, masters[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_do_not_count_teach_nothing(tmp_path: Path) -> None:
+    """The prediction of one token in a row counts, so what comes after that token is not seen at all."""
+    windows = torch.randint(0, 384, (8, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    counted = torch.zeros(8, 16, dtype=torch.bool)
+    counted[:, 5] = True
+    changed = windows.clone()
+    changed[:, 7:] = 1
+    learned = []
+    for some in (windows, changed):
+        student = Student(tiny_model(seed=1, num_hidden_layers=2))
+        train(
+            student, tiny_model(seed=0), some, distill(tokens=2 * 4 * 16, ce_weight=0.5), seed=0, scratch_dir=tmp_path,
+            progress=Remembered(), counted_NT=counted,
+        )  # fmt: skip
+        learned.append(student.masters)
+    for name, master in learned[0].items():
+        torch.testing.assert_close(master, learned[1][name], rtol=1e-5, atol=1e-7)
 
 
 def test_one_step_is_torchs_own_adamw_on_the_naive_loss(tmp_path: Path) -> None:
@@ -169,13 +228,25 @@ def test_every_window_is_seen_once_an_epoch() -> None:
     assert seen[:10].tolist() != seen[10:].tolist()
 
 
-def test_mean_kl_is_the_models_own() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_closeness_is_the_models_own(masked: bool) -> None:
     teacher, model = tiny_model(seed=0), tiny_model(seed=1)
-    windows = torch.randint(0, 384, (3, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(0, 384, (3, 16), generator=generator, dtype=torch.int32)
+    counted = torch.rand(3, 16, generator=generator) < 0.5 if masked else None
     with torch.no_grad():
         log_p, log_q = (m(windows.long()).logits.double().log_softmax(-1) for m in (teacher, model))
-    expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    assert mean_kl(model, teacher, windows, distill()) == pytest.approx(expected, rel=1e-5)
+    at = torch.ones(3, 16, dtype=torch.bool) if counted is None else counted
+    found = closeness(model, teacher, windows, distill(), counted_NT=counted)
+    assert found.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1)[at].mean()), rel=1e-5)
+    assert found.agreement == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1))[at].float().mean()))
+
+
+def test_a_model_agrees_with_itself() -> None:
+    windows = torch.randint(0, 384, (3, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    found = closeness(tiny_model(seed=0), tiny_model(seed=0), windows, distill())
+    assert found.kl == pytest.approx(0.0, abs=1e-6)
+    assert found.agreement == 1.0
 
 
 def trained(model: PreTrainedModel) -> tuple[Student, torch.optim.AdamW]:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from stillroom.errors import InputError
-from stillroom.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from stillroom.recipe import Distill, Recipe, load_recipe, parse_recipe, shipped_recipes
 
 MINIMAL: dict[str, Any] = {"name": "small", "model": "smollm2-135m", "stages": [{"kind": "prune", "num_layers": 20}]}
 
@@ -73,6 +73,21 @@ def test_the_qwen3_recipes_hold_the_published_settings() -> None:
             {"kind": "distill", "tokens": 10**9, "batch_size": 6, "micro_batch_size": 4},
             "micro_batch_size 4 does not divide batch_size 6",
         ),
+        (
+            "stages.0",
+            {"kind": "distill", "tokens": 10**9, "loss": "hinge"},
+            "'forward_kl', 'reverse_kl', 'skewed_kl' or 'js' (given: 'hinge')",
+        ),
+        (
+            "stages.0",
+            {"kind": "distill", "tokens": 10**9, "teacher_share": 0.5},
+            "teacher_share goes with loss skewed_kl or js, not forward_kl",
+        ),
+        (
+            "stages.0",
+            {"kind": "distill", "tokens": 10**9, "ce_balance": "proportional"},
+            "ce_balance proportional wants a ce_weight between 0 and 1, not 0",
+        ),
         ("stages.0.source", "later", "reads 'later', which is no stage before it; allowed: dense"),
         ("stages.0.name", "dense", "stage name 'dense' is taken"),
         ("stages.0.name", "../../etc", "should match pattern"),
@@ -94,6 +109,14 @@ def test_a_wrong_field_is_a_one_line_error_that_says_what_is_allowed(path: str, 
         parse_recipe(with_field(path, value), "test.yaml")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_mixture_is_the_papers_unless_said_otherwise() -> None:
+    def mixture(**fields: Any) -> float:
+        return Distill(tokens=10**9, **fields).mixture
+
+    assert (mixture(loss="skewed_kl"), mixture(loss="js"), mixture()) == (0.1, 0.5, 0.0)
+    assert mixture(loss="js", teacher_share=0.9) == 0.9
 
 
 def test_stages_that_repeat_are_numbered_and_can_be_read_by_name() -> None:

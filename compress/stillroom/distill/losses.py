@@ -1,20 +1,26 @@
 """The distillation loss, in chunks, so that a batch x sequence x vocabulary tensor never exists.
 
-    loss = (1 - w) * tau^2 * mean KL(teacher || student at temperature tau)  +  w * mean cross-entropy at temperature 1
+    loss = (1 - w) * tau^2 * mean D(teacher, student at temperature tau)  +  w * a * mean cross-entropy at temperature 1
 
-after Hinton et al. (arXiv 1503.02531, section 2); tau^2 keeps the gradient's size as tau changes. The input is not
-logits but the last hidden states of both models and their heads. For `chunk_tokens` positions at a time the logits are
-computed, turned into loss and into the gradients of hidden states and head weight, and thrown away (the way of Liger
-Kernel, arXiv 2410.10989, section 3.2). So the backward pass only multiplies stored gradients of the size of hidden
-states and head. Softmax, KL and sums are in float32 or better, whatever the inputs are; matrix products are in the
-inputs' dtype.
+D is one of `divergences`, Hinton's KL unless the recipe says otherwise (arXiv 1503.02531, section 2). tau^2 keeps the
+gradient's size as tau changes: D has one 1/tau from the chain rule and one from the softened distributions, whichever
+it is. a is 1, or what brings cross-entropy to the divergence's size (`train`).
+
+The input is not logits but the last hidden states of both models and their heads. For `chunk_tokens` positions at a
+time the logits are computed, turned into loss and into the gradients of hidden states and head weight, and thrown away
+(the way of Liger Kernel, arXiv 2410.10989, section 3.2). So the backward pass only multiplies stored gradients of the
+size of hidden states and head. Positions that do not count never reach a head. Softmax, divergence and sums are in
+float32 or better, whatever the inputs are; matrix products are in the inputs' dtype.
 
 ModelOpt 0.47's LogitsDistillationLoss and KDTrainer are not used, for four reasons: the default reduction divides by
 the vocabulary too, so that the loss all but vanishes beside cross-entropy; `compute_loss` ignores how many tokens the
 whole optimizer batch has, so gradient accumulation scales the gradient; it wants the whole logits of both models; and
-it has neither top-k nor cached teachers to grow into.
+it has neither top-k nor cached teachers to grow into. Liger Kernel 0.8.5's fused linear JSD is not used on CUDA either
+(read, not run): it has no soft cap, no skewed KL and no cross-entropy in the same walk, each of its calls divides by
+its own positions and not the step's, and by default it sums the head's gradient in the head's dtype.
 
-Shapes: B batch, T tokens, N = B * T positions, n of a chunk, D hidden (teacher and student may differ), V vocabulary.
+Shapes: B batch, T tokens, N of B * T positions those that count, n of a chunk, D hidden (teacher and student may
+differ), V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,10 +32,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stillroom.distill.divergences import divergence_and_gradient
 from stillroom.errors import InputError
+from stillroom.recipe import Divergence
 
 IGNORE = -100
-"""The label of padding."""
+"""The target of a position that has none."""
+
+PADDING = -1
+"""The document of padding."""
 
 PIECE_ELEMENTS = 1 << 22
 
@@ -44,7 +55,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) to (n, V), in float32 or better."""
-        return self.capped(_to_math(hidden @ self.weight.T))
+        return self.capped(to_math(hidden @ self.weight.T))
 
     def capped(self, raw: Tensor) -> Tensor:
         """The soft cap, in place."""
@@ -58,13 +69,18 @@ class LossSettings:
     ce_weight: float
     """w"""
     chunk_tokens: int
+    divergence: Divergence = "forward_kl"
+    teacher_share: float = 0.0
+    """Of the mixture, for `skewed_kl` and `js`."""
+    ce_scale: float = 1.0
+    """a"""
 
 
 @dataclass(frozen=True)
 class Positions:
     """Over how many positions the means of a whole optimizer step are taken, however many forward passes it has."""
 
-    kl: int
+    divergence: int
     ce: int
 
 
@@ -73,10 +89,10 @@ class DistillationLoss:
     """Scalars in float32 or better; only `total` carries a gradient. Summed over a step's passes they are its means."""
 
     total: Tensor
-    kl: Tensor
+    divergence: Tensor
     """Nats per token at temperature tau, without tau^2."""
     ce: Tensor
-    """Nats per token; 0 where ce_weight is 0 and it was not computed."""
+    """Nats per token, as it is without `ce_scale`; 0 where ce_weight is 0 and it was not computed."""
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -95,9 +111,25 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(linear.weight, getattr(model.config, "final_logit_softcapping", None))
 
 
-def count_positions(labels_BT: Tensor) -> Positions:
-    """Every token that is no padding is a position for KL, and a target for cross-entropy where one precedes it."""
-    return Positions(kl=int((labels_BT != IGNORE).sum()), ce=int((_targets(labels_BT) != IGNORE).sum()))
+def counted_positions(documents_BT: Tensor, answers_BT: Tensor | None = None) -> Tensor:
+    """Which positions' predictions of the next token count, (B, T) bool.
+
+    `documents_BT` numbers each token's document, PADDING for none: padding does not count, nor does a document's last
+    token, whose next one is another document's. With `answers_BT`, True at the tokens that answer a prompt, only the
+    predictions of those count.
+    """
+    counted_BT = documents_BT != PADDING
+    counted_BT[:, :-1] &= documents_BT[:, 1:] == documents_BT[:, :-1]
+    if answers_BT is not None:
+        counted_BT[:, :-1] &= answers_BT[:, 1:]
+        counted_BT[:, -1] = False
+    return counted_BT
+
+
+def count_positions(ids_BT: Tensor, counted_BT: Tensor | None = None) -> Positions:
+    """Every position that counts has a divergence, and a cross-entropy where the sequence has a token after it."""
+    counted = torch.ones_like(ids_BT, dtype=torch.bool) if counted_BT is None else counted_BT
+    return Positions(divergence=int(counted.sum()), ce=int(counted[:, :-1].sum()))
 
 
 def distillation_loss(
@@ -105,34 +137,37 @@ def distillation_loss(
     student: Head,
     teacher_hidden_BTD: Tensor,
     teacher: Head,
-    labels_BT: Tensor,
+    ids_BT: Tensor,
     settings: LossSettings,
     positions: Positions,
+    *,
+    counted_BT: Tensor | None = None,
 ) -> DistillationLoss:
     """The share of these sequences in the step's mean loss.
 
-    `labels_BT` are the tokens themselves (they are shifted here), IGNORE for padding. KL counts every position that is
-    no padding. `positions` are those of the whole step. The gradient reaches the student's hidden states and head.
+    `ids_BT` are the tokens that the hidden states are of; they are shifted here. `counted_BT` says which positions
+    count, all by default; `positions` are those of the whole step. The gradient reaches the student's hidden states
+    and head.
     """
-    total, kl, ce = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        student_hidden_BTD.flatten(0, 1),
+    chosen = slice(None) if counted_BT is None else counted_BT.flatten()
+    total, divergence, ce = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        student_hidden_BTD.flatten(0, 1)[chosen],
         student.weight,
         student.softcap,
-        teacher_hidden_BTD.detach().flatten(0, 1),
+        teacher_hidden_BTD.detach().flatten(0, 1)[chosen],
         Head(teacher.weight.detach(), teacher.softcap),
-        (labels_BT != IGNORE).flatten(),
-        _targets(labels_BT).flatten(),
+        _targets(ids_BT).flatten()[chosen],
         settings,
         positions,
     )
-    return DistillationLoss(total, kl, ce)
+    return DistillationLoss(total, divergence, ce)
 
 
-def _targets(labels_BT: Tensor) -> Tensor:
-    """The token that follows, (B, T); IGNORE at the end and for padding."""
-    targets = torch.full_like(labels_BT, IGNORE)
-    targets[:, :-1] = labels_BT[:, 1:]
-    return targets.masked_fill(labels_BT == IGNORE, IGNORE)
+def _targets(ids_BT: Tensor) -> Tensor:
+    """The token that follows, (B, T); IGNORE at the end."""
+    targets = torch.full_like(ids_BT, IGNORE)
+    targets[:, :-1] = ids_BT[:, 1:]
+    return targets
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -146,33 +181,31 @@ class _ChunkedLoss(torch.autograd.Function):
         softcap: float | None,
         teacher_hidden_ND: Tensor,
         teacher: Head,
-        counted_N: Tensor,
         targets_N: Tensor,
         settings: LossSettings,
         positions: Positions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         student = Head(weight_VD, softcap)
-        math = _math_dtype(hidden_ND.dtype)
-        kl, ce = hidden_ND.new_zeros((), dtype=math), hidden_ND.new_zeros((), dtype=math)
+        dtype = math_dtype(hidden_ND.dtype)
+        divergence, ce = hidden_ND.new_zeros((), dtype=dtype), hidden_ND.new_zeros((), dtype=dtype)
         grad_hidden = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=math) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden_ND), settings.chunk_tokens):
             at = slice(start, start + settings.chunk_tokens)
             raw_nV, teacher_raw_nV = hidden_ND[at] @ weight_VD.T, teacher_hidden_ND[at] @ teacher.weight.T
-            counted_n, targets_n = counted_N[at], targets_N[at]
-            for rows in _pieces(raw_nV):
-                logits = student.capped(_to_math(raw_nV[rows]))
+            targets_n = targets_N[at]
+            for rows in pieces(raw_nV):
+                logits = student.capped(to_math(raw_nV[rows]))
                 # d tanh: 1 - tanh^2, from the capped logits, which the next line overwrites
                 slope = None if softcap is None else 1 - (logits / softcap).square_()
-                kl_sum, ce_sum, grad_logits = _loss_and_gradient(
+                divergence_sum, ce_sum, grad_logits = _loss_and_gradient(
                     logits,
-                    teacher.capped(_to_math(teacher_raw_nV[rows])),
-                    counted_n[rows],
+                    teacher.capped(to_math(teacher_raw_nV[rows])),
                     targets_n[rows],
                     settings,
                     positions,
                 )
-                kl += kl_sum
+                divergence += divergence_sum
                 ce += ce_sum
                 raw_nV[rows] = grad_logits if slope is None else grad_logits.mul_(slope)
             grad_logits_nV = raw_nV
@@ -181,19 +214,20 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad_logits_nV.T @ hidden_ND[at]
         ctx.gradients = (grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
-        kl /= max(positions.kl, 1)
+        divergence /= max(positions.divergence, 1)
         ce /= max(positions.ce, 1)
-        total = (1 - settings.ce_weight) * settings.temperature**2 * kl + settings.ce_weight * ce
-        ctx.mark_non_differentiable(kl, ce)
-        return total, kl, ce
+        total = (1 - settings.ce_weight) * settings.temperature**2 * divergence
+        total = total + settings.ce_weight * settings.ce_scale * ce
+        ctx.mark_non_differentiable(divergence, ce)
+        return total, divergence, ce
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.gradients]
-        return scaled[0], scaled[1], None, None, None, None, None, None, None
+        return scaled[0], scaled[1], None, None, None, None, None, None
 
 
-def _pieces(raw_nV: Tensor) -> list[slice]:
+def pieces(raw_nV: Tensor) -> list[slice]:
     """How the rows of a chunk are taken for softmax and the like: all at once on a GPU, by 16 MB in float32 on a CPU.
 
     There a larger tensor is new memory in every operation, and timing single operations showed the first touch to cost
@@ -205,31 +239,23 @@ def _pieces(raw_nV: Tensor) -> list[slice]:
 
 
 def _loss_and_gradient(
-    logits_nV: Tensor,
-    teacher_logits_nV: Tensor,
-    counted_n: Tensor,
-    targets_n: Tensor,
-    settings: LossSettings,
-    positions: Positions,
+    logits_nV: Tensor, teacher_logits_nV: Tensor, targets_n: Tensor, settings: LossSettings, positions: Positions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of KL and of cross-entropy, and d total / d logits (n, V); both logits are overwritten.
+    """Sums of the divergence and of cross-entropy, and d total / d logits (n, V); both logits are overwritten.
 
-    d/dz of tau^2 KL is tau * (softmax(z / tau) - softmax(t / tau)); of cross-entropy softmax(z) - onehot.
+    d/dz of tau^2 D(z / tau) is tau * D', and of cross-entropy softmax(z) - onehot.
     """
     tau, w = settings.temperature, settings.ce_weight
     ce_sum, ce_gradient = logits_nV.new_zeros(()), None
     if w > 0:
-        ce_sum, ce_gradient = _cross_entropy(logits_nV, targets_n, w / max(positions.ce, 1))
-    log_p = torch.log_softmax(teacher_logits_nV.div_(tau), dim=-1)
-    log_q = torch.log_softmax(logits_nV.div_(tau), dim=-1)
-    p = torch.exp(log_p, out=teacher_logits_nV)
-    kl_n = log_p.sub_(log_q).mul_(p).sum(dim=-1)
-    kl_sum = kl_n.masked_fill_(~counted_n, 0.0).sum()
-    gradient = log_q.exp_().sub_(p)
-    gradient *= counted_n.to(gradient.dtype).mul_((1 - w) * tau / max(positions.kl, 1)).unsqueeze(1)
+        ce_sum, ce_gradient = _cross_entropy(logits_nV, targets_n, w * settings.ce_scale / max(positions.ce, 1))
+    divergence_n, gradient = divergence_and_gradient(
+        settings.divergence, settings.teacher_share, logits_nV.div_(tau), teacher_logits_nV.div_(tau)
+    )
+    gradient *= (1 - w) * tau / max(positions.divergence, 1)
     if ce_gradient is not None:
         gradient += ce_gradient
-    return kl_sum, ce_sum, gradient
+    return divergence_n.sum(), ce_sum, gradient
 
 
 def _cross_entropy(logits_nV: Tensor, targets_n: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -243,9 +269,9 @@ def _cross_entropy(logits_nV: Tensor, targets_n: Tensor, scale: float) -> tuple[
     return total, gradient.mul_(counted_n1.to(gradient.dtype).mul_(scale))
 
 
-def _math_dtype(dtype: torch.dtype) -> torch.dtype:
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _to_math(x: Tensor) -> Tensor:
-    return x.to(_math_dtype(x.dtype))
+def to_math(x: Tensor) -> Tensor:
+    return x.to(math_dtype(x.dtype))

@@ -1,8 +1,9 @@
 """The distill stage: the pruned student learns the unpruned teacher's next-token distributions, and keeps its form.
 
 Everything that can be wrong is looked at before the first step: tokenizers, sizes, text, disk. Beside the training text
-a few windows of the same blend are kept apart; KL to the teacher on them, before and after, is in the details. They say
-whether training worked, not how good the model is: that is measured on held-out text, which this stage never sees.
+a few windows of the same blend are kept apart; KL to the teacher and top-1 agreement with it on them, before and after,
+are in the details, whatever the training loss. They say whether training worked, not how good the model is: that is
+measured on held-out text, which this stage never sees.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom.artifact import write_atomically
+from stillroom.distill.closeness import Closeness, closeness
 from stillroom.distill.data import contamination_of, decontamination_details, packed_windows
 from stillroom.distill.decontaminate import Contamination
-from stillroom.distill.train import BYTES_PER_PARAM, Point, Student, mean_kl, train
+from stillroom.distill.train import BYTES_PER_PARAM, Point, Student, train
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.export.checkpoint import save_checkpoint
 from stillroom.models.load import load_model, load_tokenizer
@@ -51,11 +53,11 @@ def run(job: Job) -> StageResult:
     model = load_model(student_dir)
     dtype = model.dtype
     student = Student(model)
-    kl_before = _validate(student, teacher, validation, config)
+    before = _validate(student, teacher, validation, config)
     history = train(
         student, teacher, windows, config, seed=job.seed, scratch_dir=job.scratch_dir, progress=job.progress
     )
-    kl_after = _validate(student, teacher, validation, config)
+    after = _validate(student, teacher, validation, config)
     model.to(dtype)
     student.publish()
     save_checkpoint(model, student_dir, job.out_dir)
@@ -63,7 +65,9 @@ def run(job: Job) -> StageResult:
     return StageResult(
         tokens=history[-1].tokens,
         details=_details(history, len(windows))
-        | {"validation_kl_before": kl_before, "validation_kl_after": kl_after, "decontamination": dropped},
+        | _validated(before, "before")
+        | _validated(after, "after")
+        | {"decontamination": dropped},
     )
 
 
@@ -110,8 +114,15 @@ def _windows(job: Job, tokenizer: PreTrainedTokenizerBase, clear_of: Contaminati
     return windows[: len(windows) - apart], windows[len(windows) - apart :]
 
 
-def _validate(student: Student, teacher: PreTrainedModel, validation: Tensor, config: Distill) -> float | None:
-    return mean_kl(student.model, teacher, validation, config) if len(validation) else None
+def _validate(student: Student, teacher: PreTrainedModel, validation: Tensor, config: Distill) -> Closeness | None:
+    return closeness(student.model, teacher, validation, config) if len(validation) else None
+
+
+def _validated(found: Closeness | None, when: str) -> dict[str, float | None]:
+    return {
+        f"validation_kl_{when}": found.kl if found else None,
+        f"validation_agreement_{when}": found.agreement if found else None,
+    }
 
 
 def _save_curve(path: Path, history: list[Point]) -> None:

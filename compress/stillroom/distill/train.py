@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillroom.distill.losses import Head, LossSettings, Positions, count_positions, distillation_loss, head_of
+from stillroom.distill.losses import LossSettings, Positions, count_positions, distillation_loss, head_of
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.recipe import Distill
 from stillroom.stage import Progress
@@ -46,8 +46,8 @@ class Point:
     tokens: int
     """Trained on so far."""
     loss: float
-    kl: float
-    """Nats per token."""
+    divergence: float
+    """The recipe's, in nats per token at its temperature."""
     ce: float
     """Nats per token; 0 where ce_weight is 0."""
     learning_rate: float
@@ -121,8 +121,11 @@ def train(
     seed: int,
     scratch_dir: Path,
     progress: Progress,
+    counted_NT: Tensor | None = None,
 ) -> list[Point]:
     """Train to config.num_steps, from the checkpoint in `scratch_dir` where there is one; the whole loss curve.
+
+    `counted_NT` says which positions of the windows count (`losses.counted_positions`), all by default.
 
     Raises InputError when the loss stops being a number, EnvironmentCannot when memory or disk do not suffice.
     """
@@ -135,12 +138,14 @@ def train(
     tokens_per_step = config.batch_size * config.sequence_length
     for step in range(len(history), config.num_steps):
         started = time.perf_counter()
-        batch = windows_NT[windows_of_step(step, len(windows_NT), config.batch_size, seed)]
+        chosen = windows_of_step(step, len(windows_NT), config.batch_size, seed)
+        batch, counted = windows_NT[chosen], None if counted_NT is None else counted_NT[chosen]
         rate = learning_rate(step, config)
-        loss, kl, ce = _accumulate(student, teacher, batch, config)
+        scale = _ce_scale(student, teacher, batch, counted, config, history)
+        loss, divergence, ce = _accumulate(student, teacher, batch, counted, config, ce_scale=scale)
         grad_norm = _update(student, optimizer, rate, config, step=step + 1, loss=loss)
         tok_s = tokens_per_step / (time.perf_counter() - started)
-        history.append(Point(step + 1, (step + 1) * tokens_per_step, loss, kl, ce, rate, grad_norm, tok_s))
+        history.append(Point(step + 1, (step + 1) * tokens_per_step, loss, divergence, ce, rate, grad_norm, tok_s))
         if (step + 1) % config.save_every_steps == 0 and step + 1 < config.num_steps:
             save_training(path, student, optimizer, history)
         progress.update(step + 1, config.num_steps, "step", loss=loss, tok_s=tok_s)
@@ -154,37 +159,85 @@ def _adamw(student: Student, config: Distill) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
+def _ce_scale(
+    student: Student,
+    teacher: PreTrainedModel,
+    batch_BT: Tensor,
+    counted_BT: Tensor | None,
+    config: Distill,
+    history: list[Point],
+) -> float:
+    """What brings cross-entropy to the divergence's size, with `ce_balance: proportional`.
+
+    Minitron (arXiv 2407.14679, section 3) weighs losses by the ratio of their values, and ModelOpt's balancer does so
+    with cross-entropy, anew in every forward pass. Here one ratio holds for a whole optimizer step, so that it does not
+    depend on micro_batch_size: that of the step before. The first step's is measured on its own batch, at the cost of
+    one more forward pass. So it follows from the history alone, and a run that goes on takes the same one.
+    """
+    if config.ce_balance == "static":
+        return 1.0
+    before = next((point for point in reversed(history) if point.ce > 0), None)
+    if before is not None:
+        divergence, ce = before.divergence, before.ce
+    else:
+        with torch.no_grad():
+            _, divergence, ce = _accumulate(student, teacher, batch_BT, counted_BT, config, ce_scale=1.0)
+    return config.temperature**2 * divergence / ce if ce > 0 else 1.0
+
+
 def _accumulate(
-    student: Student, teacher: PreTrainedModel, batch_BT: Tensor, config: Distill
+    student: Student,
+    teacher: PreTrainedModel,
+    batch_BT: Tensor,
+    counted_BT: Tensor | None,
+    config: Distill,
+    *,
+    ce_scale: float,
 ) -> tuple[float, float, float]:
-    """Add the gradients of one optimizer step to the masters; the step's mean loss, KL and cross-entropy."""
-    settings = LossSettings(config.temperature, config.ce_weight, config.chunk_tokens)
-    positions = count_positions(batch_BT)
+    """Add the gradients of one optimizer step to the masters; the step's mean loss, divergence and cross-entropy.
+
+    Without gradients where they are switched off.
+    """
+    settings = LossSettings(
+        config.temperature, config.ce_weight, config.chunk_tokens, config.loss, config.mixture, ce_scale
+    )
+    positions = count_positions(batch_BT, counted_BT)
     sums = torch.zeros(3, dtype=torch.float64)
     try:
-        for ids in torch.split(batch_BT, config.micro_batch_size):
-            loss, kl, ce = _forward_backward(student.model, teacher, ids, settings, positions)
-            sums += torch.stack([loss, kl, ce]).double().cpu()
+        for start in range(0, len(batch_BT), config.micro_batch_size):
+            at = slice(start, start + config.micro_batch_size)
+            counted = None if counted_BT is None else counted_BT[at]
+            loss = _forward_backward(student.model, teacher, batch_BT[at], counted, settings, positions)
+            sums += torch.stack(loss).double().cpu()
     except torch.cuda.OutOfMemoryError as error:
         raise EnvironmentCannot(
             f"GPU memory is not enough for micro_batch_size {config.micro_batch_size} x sequence_length "
             f"{config.sequence_length} with chunk_tokens {config.chunk_tokens}: lower micro_batch_size, then "
             f"chunk_tokens (neither changes what is learned). {error}"
         ) from error
-    loss_value, kl_value, ce_value = sums.tolist()
-    return loss_value, kl_value, ce_value
+    loss_value, divergence, ce = sums.tolist()
+    return loss_value, divergence, ce
 
 
 def _forward_backward(
-    model: PreTrainedModel, teacher: PreTrainedModel, ids_BT: Tensor, settings: LossSettings, positions: Positions
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids_BT: Tensor,
+    counted_BT: Tensor | None,
+    settings: LossSettings,
+    positions: Positions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ids = ids_BT.to(model.device, torch.int64)
+    counted = None if counted_BT is None else counted_BT.to(model.device)
     with torch.no_grad():
         teacher_hidden = teacher.base_model(ids, use_cache=False).last_hidden_state
     hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    loss = distillation_loss(hidden, head_of(model), teacher_hidden, head_of(teacher), ids, settings, positions)
-    torch.autograd.backward(loss.total)
-    return loss.total.detach(), loss.kl, loss.ce
+    loss = distillation_loss(
+        hidden, head_of(model), teacher_hidden, head_of(teacher), ids, settings, positions, counted_BT=counted
+    )
+    if loss.total.requires_grad:
+        torch.autograd.backward(loss.total)
+    return loss.total.detach(), loss.divergence, loss.ce
 
 
 def _update(
@@ -205,21 +258,6 @@ def _update(
         master.grad.zero_()
     student.publish()
     return norm
-
-
-@torch.no_grad()
-def mean_kl(model: PreTrainedModel, teacher: PreTrainedModel, windows_NT: Tensor, config: Distill) -> float:
-    """KL(teacher || student) over the windows, at temperature 1, in nats per token."""
-    settings = LossSettings(temperature=1.0, ce_weight=0.0, chunk_tokens=config.chunk_tokens)
-    student_head, positions = head_of(model), count_positions(windows_NT)
-    head = Head(student_head.weight.detach(), student_head.softcap)
-    total = 0.0
-    for some in torch.split(windows_NT, config.micro_batch_size):
-        ids = some.to(model.device, torch.int64)
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
-        teacher_hidden = teacher.base_model(ids, use_cache=False).last_hidden_state
-        total += float(distillation_loss(hidden, head, teacher_hidden, head_of(teacher), ids, settings, positions).kl)
-    return total
 
 
 def save_training(path: Path, student: Student, optimizer: torch.optim.AdamW, history: list[Point]) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stillroom.distill.train import Student, mean_kl, train
+from stillroom.distill.closeness import closeness
+from stillroom.distill.train import Student, train
 from stillroom.home import home
 from stillroom.models.load import load_model
 from stillroom.models.shape import ModelShape
@@ -124,7 +125,7 @@ def _after_distillation(pruner: Pruner, model_dir: Path, tokens: int) -> float:
     student = Student(load_model(model_dir))
     windows: Tensor = pruner.fitting_NT
     train(student, pruner.dense, windows, config, seed=pruner.seed, scratch_dir=scratch, progress=pruner.progress)
-    kl = mean_kl(student.model, pruner.dense, pruner.heldout_NT, config)
+    kl = closeness(student.model, pruner.dense, pruner.heldout_NT, config).kl
     shutil.rmtree(scratch)
     del student
     release_memory()
