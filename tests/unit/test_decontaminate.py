@@ -101,7 +101,7 @@ def test_what_is_left_out_is_counted_once_by_source(tmp_path: Path) -> None:
     clear_of = contamination_of(evaluated(heldout), tokenizer)
     assert clear_of is not None
     windows = packed_windows([clean, dirty], {}, tokenizer, 8, 10_000, seed=0, clear_of=clear_of)
-    assert "rose" not in tokenizer.decode(windows.flatten())
+    assert "rose" not in tokenizer.decode(windows.ids.flatten())
     assert vars(clear_of.dropped["clean"]) == {"read_documents": 50, "documents": 0, "tokens": 0}
     tokens = sum(len(tokenizer(text)["input_ids"]) for text in (f"So: {SENTENCE}", f"{SENTENCE} Yes."))
     assert vars(clear_of.dropped["dirty"]) == {"read_documents": 3, "documents": 2, "tokens": tokens}

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stage_jobs import Killed, Remembered, artifact_at, job_for, kill_at
 from stillroom.distill import stage
 from stillroom.distill.closeness import closeness
+from stillroom.distill.packing import Windows
 from stillroom.distill.train import (
     CHECKPOINT,
     Point,
@@ -124,7 +125,7 @@ def test_micro_batches_and_chunks_do_not_change_what_is_learned(tmp_path: Path) 
     for micro_batch_size, chunk_tokens in ((4, 1000), (1, 7)):
         config = distill(micro_batch_size=micro_batch_size, chunk_tokens=chunk_tokens, ce_weight=0.3, tokens=4 * 4 * 16)
         student = Student(tiny_model(seed=1, num_hidden_layers=2))
-        train(student, teacher, windows, config, seed=0, scratch_dir=tmp_path, progress=Remembered())
+        train(student, teacher, Windows(windows), config, seed=0, scratch_dir=tmp_path, progress=Remembered())
         learned.append(student.masters)
     for name, master in learned[0].items():
         torch.testing.assert_close(master, learned[1][name], rtol=1e-4, atol=1e-5)
@@ -135,7 +136,9 @@ def train_tiny(tmp_path: Path, config: Distill, **options: Any) -> tuple[list[Po
     windows = torch.randint(0, 384, (16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     student = Student(tiny_model(seed=1, num_hidden_layers=2))
     teacher, progress = tiny_model(seed=0), Remembered()
-    return train(student, teacher, windows, config, seed=0, scratch_dir=tmp_path, progress=progress, **options), student
+    return train(
+        student, teacher, Windows(windows), config, seed=0, scratch_dir=tmp_path, progress=progress, **options
+    ), student
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "skewed_kl", "js"])
@@ -174,13 +177,29 @@ def test_positions_that_do_not_count_teach_nothing(tmp_path: Path) -> None:
     learned = []
     for some in (windows, changed):
         student = Student(tiny_model(seed=1, num_hidden_layers=2))
-        train(
-            student, tiny_model(seed=0), some, distill(tokens=2 * 4 * 16, ce_weight=0.5), seed=0, scratch_dir=tmp_path,
-            progress=Remembered(), counted_NT=counted,
-        )  # fmt: skip
+        seen, config = Windows(some, counted=counted), distill(tokens=2 * 4 * 16, ce_weight=0.5)
+        train(student, tiny_model(seed=0), seen, config, seed=0, scratch_dir=tmp_path, progress=Remembered())
         learned.append(student.masters)
     for name, master in learned[0].items():
         torch.testing.assert_close(master, learned[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_packed_documents_are_learned_as_if_each_were_alone(tmp_path: Path) -> None:
+    """The step's loss is the mean over the documents' own tokens, and so is closeness."""
+    windows = torch.randint(0, 384, (4, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    positions = torch.tensor([[*range(5), *range(11)]], dtype=torch.int32).repeat(4, 1)
+    packed, config = Windows(windows, positions), distill(tokens=4 * 16, micro_batch_size=2)
+    teacher, model = tiny_model(seed=0), tiny_model(seed=1, num_hidden_layers=2)
+    with torch.no_grad():
+        parts = [
+            [m(part.long()).logits.log_softmax(-1) for m in (teacher, model)]
+            for part in (windows[:, :5], windows[:, 5:])
+        ]
+    kl = sum(float((log_p.exp() * (log_p - log_q)).sum()) for log_p, log_q in parts) / windows.numel()
+    assert closeness(model, teacher, packed, config).kl == pytest.approx(kl, rel=1e-4)
+    assert closeness(model, teacher, Windows(windows), config).kl != pytest.approx(kl, rel=1e-2)
+    history = train(Student(model), teacher, packed, config, seed=0, scratch_dir=tmp_path, progress=Remembered())
+    assert history[0].divergence == pytest.approx(kl, rel=1e-4)
 
 
 def test_one_step_is_torchs_own_adamw_on_the_naive_loss(tmp_path: Path) -> None:
@@ -190,7 +209,7 @@ def test_one_step_is_torchs_own_adamw_on_the_naive_loss(tmp_path: Path) -> None:
     teacher, model = tiny_model(seed=0), tiny_model(seed=1, num_hidden_layers=2)
     naive = copy.deepcopy(model)
     student = Student(model)
-    history = train(student, teacher, windows, config, seed=0, scratch_dir=tmp_path, progress=Remembered())
+    history = train(student, teacher, Windows(windows), config, seed=0, scratch_dir=tmp_path, progress=Remembered())
 
     ids = windows.long()
     with torch.no_grad():
@@ -237,14 +256,14 @@ def test_closeness_is_the_models_own(masked: bool) -> None:
     with torch.no_grad():
         log_p, log_q = (m(windows.long()).logits.double().log_softmax(-1) for m in (teacher, model))
     at = torch.ones(3, 16, dtype=torch.bool) if counted is None else counted
-    found = closeness(model, teacher, windows, distill(), counted_NT=counted)
+    found = closeness(model, teacher, Windows(windows, counted=counted), distill())
     assert found.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1)[at].mean()), rel=1e-5)
     assert found.agreement == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1))[at].float().mean()))
 
 
 def test_a_model_agrees_with_itself() -> None:
     windows = torch.randint(0, 384, (3, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    found = closeness(tiny_model(seed=0), tiny_model(seed=0), windows, distill())
+    found = closeness(tiny_model(seed=0), tiny_model(seed=0), Windows(windows), distill())
     assert found.kl == pytest.approx(0.0, abs=1e-6)
     assert found.agreement == 1.0
 
@@ -287,7 +306,7 @@ def test_a_loss_that_is_no_number_is_named_with_what_to_do(tmp_path: Path) -> No
         model.get_parameter("model.norm.weight")[0] = float("nan")
     with pytest.raises(InputError, match=r"broke down at step 1 .*lower learning_rate"):
         train(
-            Student(model), tiny_model(), torch.ones(8, 16, dtype=torch.int32), distill(), seed=0,
+            Student(model), tiny_model(), Windows(torch.ones(8, 16, dtype=torch.int32)), distill(), seed=0,
             scratch_dir=tmp_path, progress=Remembered(),
         )  # fmt: skip
 

@@ -16,15 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from stage_jobs import artifact_at, job_for
 from stillroom.distill import data
-from stillroom.distill.data import (
-    Borders,
-    blend,
-    borders,
-    calibration_windows,
-    heldout_text,
-    packed_windows,
-    shuffle,
-)
+from stillroom.distill.data import blend, calibration_windows, heldout_text, packed_windows, shuffle
+from stillroom.distill.packing import Borders, Packer, as_windows, borders
 from stillroom.errors import InputError
 from stillroom.recipe import TextSource
 from tiny import tiny_tokenizer
@@ -55,7 +48,7 @@ def unpacked(windows: torch.Tensor) -> list[int]:
 def test_documents_lie_end_to_end_with_eos_between(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     source = rows(tmp_path / "a.jsonl", "rose water", "herbs")
-    windows = packed_windows([source], {}, tokenizer, 4, 1000, seed=0)
+    windows = packed_windows([source], {}, tokenizer, 4, 1000, seed=0).ids
     first, second = (tokenizer(text)["input_ids"] for text in ("rose water", "herbs"))
     laid_out = ([*first, EOS, *second], [*second, EOS, *first])
     length = len(laid_out[0]) // 4 * 4
@@ -67,13 +60,54 @@ def test_a_tokenizer_that_adds_bos_gets_it_at_every_document_and_window(tmp_path
     tokenizer = tokenizer_with_bos()
     assert borders(tokenizer) == Borders(bos=BOS, eos=EOS)
     source = rows(tmp_path / "a.jsonl", *["The still was small and the fire was low."] * 6)
-    windows = packed_windows([source], {}, tokenizer, 16, 1000, seed=0)
+    windows = packed_windows([source], {}, tokenizer, 16, 1000, seed=0).ids
     assert (windows[:, 0] == BOS).all()
     inside = unpacked(windows[:, 1:])
     body = tokenizer("The still was small and the fire was low.", add_special_tokens=False)["input_ids"]
     assert [BOS, *body[:3]] in [inside[i : i + 4] for i in range(len(inside))]
     kept = [token for token in unpacked(windows) if token not in (BOS, EOS)]
     assert kept == (body * 6)[: len(kept)], "nothing of the text is lost between windows"
+
+
+documents_of_ids = st.lists(st.lists(st.integers(3, 9), min_size=1, max_size=12), min_size=1, max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents_of_ids, st.integers(2, 9), st.sampled_from([None, BOS]), st.sampled_from([None, EOS]))
+def test_positions_count_from_the_start_of_each_document_and_window(
+    texts: list[list[int]], length: int, bos: int | None, eos: int | None
+) -> None:
+    """Against the stream of (document, token) written out; end tokens belong to the document before."""
+    packer = Packer(Borders(bos, eos), length)
+    stream: list[tuple[int, int]] = []
+    for number, text in enumerate(texts):
+        packer.add(text)
+        if stream and eos is not None:
+            stream.append((number - 1, eos))
+        stream += [(number, token) for token in ([] if bos is None else [bos]) + text]
+    cut = packer.cut()
+    assert len(packer.ids) == len(packer.starts) < length
+    if not cut:
+        return
+    windows = as_windows(cut)
+    assert windows.positions is not None
+    assert windows.ids.shape == windows.positions.shape == (len(windows), length)
+    for ids, positions in zip(windows.ids.tolist(), windows.positions.tolist(), strict=True):
+        if bos is not None and stream[0][1] != bos:
+            stream.insert(0, (stream[0][0], bos))
+        here, stream = stream[:length], stream[length:]
+        assert ids == [token for _, token in here]
+        owners = [document for document, _ in here]
+        assert positions == [i - owners.index(document) for i, document in enumerate(owners)]
+
+
+def test_an_end_token_inside_a_document_is_no_border() -> None:
+    packer = Packer(Borders(None, EOS), 6)
+    packer.add([5, EOS, 5])
+    packer.add([6, 6])
+    positions = as_windows(packer.cut()).positions
+    assert positions is not None
+    assert positions.tolist() == [[0, 1, 2, 3, 0, 1]]
 
 
 def test_conversations_go_through_the_chat_template_without_doubled_borders(tmp_path: Path) -> None:
@@ -89,7 +123,7 @@ def test_conversations_go_through_the_chat_template_without_doubled_borders(tmp_
 
 def test_a_border_that_a_document_brings_is_not_doubled(tmp_path: Path) -> None:
     source = rows(tmp_path / "a.jsonl", "one<|eos|>", "two<|eos|>", "ten<|eos|>")
-    ids = unpacked(packed_windows([source], {}, tiny_tokenizer(), 2, 1000, seed=0))
+    ids = unpacked(packed_windows([source], {}, tiny_tokenizer(), 2, 1000, seed=0).ids)
     assert [EOS, EOS] not in [ids[i : i + 2] for i in range(len(ids))]
 
 
@@ -109,7 +143,7 @@ def test_a_blend_keeps_to_its_weights(tmp_path: Path) -> None:
 
 def test_windows_are_a_function_of_the_seed(tmp_path: Path) -> None:
     source = rows(tmp_path / "a.jsonl", *[f"number {i}" for i in range(50)])
-    one, same, other = (packed_windows([source], {}, tiny_tokenizer(), 8, 20, seed=s) for s in (0, 0, 1))
+    one, same, other = (packed_windows([source], {}, tiny_tokenizer(), 8, 20, seed=s).ids for s in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stillroom.distill.losses import Head, head_of, pieces, to_math
+from stillroom.distill.packing import Windows, last_hidden
 from stillroom.recipe import Distill
 
 
@@ -30,24 +31,19 @@ class Closeness:
 def closeness(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
-    windows_NT: Tensor,
+    windows: Windows,
     config: Distill,
-    *,
-    counted_NT: Tensor | None = None,
 ) -> Closeness:
-    """Of `model` to `teacher` over the windows, at all positions unless `counted_NT` says which."""
-    counted = torch.ones_like(windows_NT, dtype=torch.bool) if counted_NT is None else counted_NT
+    """Of `model` to `teacher` over the windows."""
+    counted = torch.ones_like(windows.ids, dtype=torch.bool) if windows.counted is None else windows.counted
     heads = head_of(model), head_of(teacher)
     kl, agreed = 0.0, 0
-    for start in range(0, len(windows_NT), config.micro_batch_size):
+    for start in range(0, len(windows), config.micro_batch_size):
         at = slice(start, start + config.micro_batch_size)
-        ids, chosen = windows_NT[at].to(model.device, torch.int64), counted[at].to(model.device)
-        hidden, teacher_hidden = (
-            m.base_model(ids, use_cache=False).last_hidden_state[chosen] for m in (model, teacher)
-        )
-        for some, theirs in zip(
-            hidden.split(config.chunk_tokens), teacher_hidden.split(config.chunk_tokens), strict=True
-        ):
+        batch, chosen = windows[at].to(model.device), counted[at].to(model.device)
+        hidden, teacher_hidden = (last_hidden(m, batch)[chosen] for m in (model, teacher))
+        chunks = (torch.split(h, config.chunk_tokens) for h in (hidden, teacher_hidden))
+        for some, theirs in zip(*chunks, strict=True):
             kl_of_chunk, agreed_in_chunk = _compared(some, theirs, heads)
             kl += kl_of_chunk
             agreed += agreed_in_chunk

@@ -1,9 +1,8 @@
 """From documents to windows of tokens: chat rows through the model's template, a blend of sources by weight, packing.
 
-Training and calibration see windows of one length without padding: documents are laid end to end, the tokenizer's end
-token between them, and cut. A tokenizer that starts every text with a bos token (Llama 3, Gemma) gets one at the start
-of each document and of each window as well, because such models put their attention sink there and answer nonsense
-without it. Tokens of a window may look across a border into the document before; masking that is left out here.
+Training and calibration see windows of one length without padding (packing.py). Distillation reads each document in
+them by itself. Calibration for pruning and quantization looks across the borders: it takes means over tokens, for which
+what a document is preceded by matters little.
 
 The order is a pure function of the seed: documents pass through a shuffle buffer (files are often sorted by origin),
 and the source that is furthest behind its share of tokens comes next. Held-out text is neither shuffled nor blended.
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stillroom.artifact import Artifact
 from stillroom.distill.decontaminate import GRAM_WORDS, MAX_GRAMS, Contamination, Dropped, contamination, plain
+from stillroom.distill.packing import Packer, Windows, as_windows, borders
 from stillroom.errors import InputError
 from stillroom.evaluation_text import EvaluationText, task_texts
 from stillroom.recipe import TextSource
@@ -42,16 +42,6 @@ TOKENIZE_TOGETHER = 64
 HELDOUT_BORDER = "\n\n"
 """Between held-out documents; text, not a special token, so that every token covers bytes. WikiText-2 is usually
 measured like this (GPTQ, arXiv 2210.17323, and those after it)."""
-
-
-@dataclass(frozen=True)
-class Borders:
-    """The special tokens that packing puts between documents."""
-
-    bos: int | None
-    """Starts each document and each window, where the tokenizer itself adds it."""
-    eos: int | None
-    """Ends each document."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +119,8 @@ def as_text(document: Document, tokenizer: PreTrainedTokenizerBase, where: str) 
     return text
 
 
-def borders(tokenizer: PreTrainedTokenizerBase) -> Borders:
-    """What this tokenizer puts around a text."""
-    starts_with = list(tokenizer("a")["input_ids"])[:1]
-    bos = tokenizer.bos_token_id
-    return Borders(bos=bos if starts_with == [bos] else None, eos=tokenizer.eos_token_id)
-
-
 def calibration_windows(job: Job, tokenizer: PreTrainedTokenizerBase, sequence_length: int, num_windows: int) -> Tensor:
-    """At most `num_windows` windows of the job's blend, (N, T) int64.
+    """At most `num_windows` windows of the job's blend, (N, T) int64, to be read across the borders of documents.
 
     Raises InputError when the text does not fill one.
     """
@@ -146,7 +129,7 @@ def calibration_windows(job: Job, tokenizer: PreTrainedTokenizerBase, sequence_l
         job.text, job.inputs, tokenizer, sequence_length, num_windows, seed=job.seed, clear_of=clear_of
     )
     decontamination_details(clear_of, job)
-    return windows.long()
+    return windows.ids.long()
 
 
 def packed_windows(
@@ -158,49 +141,25 @@ def packed_windows(
     *,
     seed: int,
     clear_of: Contamination | None = None,
-) -> Tensor:
-    """At most `num_windows` windows of the blend, (N, T) int32: fewer when every source was read once before.
+) -> Windows:
+    """At most `num_windows` windows of the blend: fewer when every source was read once before.
 
     What is left out because of `clear_of` is counted there. Raises InputError when the text does not fill one.
     """
-    windows: list[Tensor] = []
-    pending: list[int] = []
-    around = borders(tokenizer)
+    cut: list[tuple[Tensor, Tensor]] = []
+    packer = Packer(borders(tokenizer), sequence_length)
     for ids in blend(sources, inputs, tokenizer, seed=seed, clear_of=clear_of):
-        _lay_down(ids, pending, around)
-        windows += _cut(pending, sequence_length, around.bos)
-        if len(windows) >= num_windows:
+        packer.add(ids)
+        cut += packer.cut()
+        if len(cut) >= num_windows:
             break
-    if not windows:
+    if not cut:
         labels = ", ".join(source.label for source in sources)
         raise InputError(
-            f"text ({labels}) has {len(pending)} tokens, a window needs {sequence_length}; "
+            f"text ({labels}) has {len(packer.ids)} tokens, a window needs {sequence_length}; "
             "lower sequence_length or give more text"
         )
-    return torch.stack(windows[:num_windows])
-
-
-def _lay_down(ids: list[int], pending: list[int], around: Borders) -> None:
-    """Append a document to the stream, with the border where neither side brings it."""
-    if pending and around.eos is not None and around.eos not in (pending[-1], ids[0]):
-        pending.append(around.eos)
-    if around.bos is not None and ids[0] != around.bos:
-        pending.append(around.bos)
-    pending += ids
-
-
-def _cut(pending: list[int], sequence_length: int, bos: int | None) -> list[Tensor]:
-    """Whole windows from the front of the stream, which keeps the rest."""
-    windows = []
-    start = 0
-    while len(pending) - start >= sequence_length:
-        missing_bos = bos is not None and pending[start] != bos
-        end = start + sequence_length - missing_bos
-        window = [bos, *pending[start:end]] if missing_bos else pending[start:end]
-        windows.append(torch.tensor(window, dtype=torch.int32))
-        start = end
-    del pending[:start]
-    return windows
+    return as_windows(cut[:num_windows])
 
 
 @dataclass

@@ -13,13 +13,13 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom.artifact import write_atomically
 from stillroom.distill.closeness import Closeness, closeness
 from stillroom.distill.data import contamination_of, decontamination_details, packed_windows
 from stillroom.distill.decontaminate import Contamination
+from stillroom.distill.packing import Windows
 from stillroom.distill.train import BYTES_PER_PARAM, Point, Student, train
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.export.checkpoint import save_checkpoint
@@ -103,18 +103,20 @@ def _check(
         )
 
 
-def _windows(job: Job, tokenizer: PreTrainedTokenizerBase, clear_of: Contamination | None) -> tuple[Tensor, Tensor]:
-    """Windows to train on and windows kept apart, (N, T) each; the latter may be none."""
+def _windows(job: Job, tokenizer: PreTrainedTokenizerBase, clear_of: Contamination | None) -> tuple[Windows, Windows]:
+    """Windows to train on and windows kept apart; the latter may be none."""
     config: Distill = job.config
     wanted = config.num_steps * config.batch_size + VALIDATION_WINDOWS
     windows = packed_windows(
         job.text, job.inputs, tokenizer, config.sequence_length, wanted, seed=job.seed, clear_of=clear_of
     )
+    if not config.document_masks:
+        windows = Windows(windows.ids)
     apart = VALIDATION_WINDOWS if len(windows) >= 4 * VALIDATION_WINDOWS else 0
     return windows[: len(windows) - apart], windows[len(windows) - apart :]
 
 
-def _validate(student: Student, teacher: PreTrainedModel, validation: Tensor, config: Distill) -> Closeness | None:
+def _validate(student: Student, teacher: PreTrainedModel, validation: Windows, config: Distill) -> Closeness | None:
     return closeness(student.model, teacher, validation, config) if len(validation) else None
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillroom.distill.losses import LossSettings, Positions, count_positions, distillation_loss, head_of
+from stillroom.distill.packing import Windows, last_hidden
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.recipe import Distill
 from stillroom.stage import Progress
@@ -115,17 +116,14 @@ def _order(epoch: int, num_windows: int, seed: int) -> Tensor:
 def train(
     student: Student,
     teacher: PreTrainedModel,
-    windows_NT: Tensor,
+    windows: Windows,
     config: Distill,
     *,
     seed: int,
     scratch_dir: Path,
     progress: Progress,
-    counted_NT: Tensor | None = None,
 ) -> list[Point]:
     """Train to config.num_steps, from the checkpoint in `scratch_dir` where there is one; the whole loss curve.
-
-    `counted_NT` says which positions of the windows count (`losses.counted_positions`), all by default.
 
     Raises InputError when the loss stops being a number, EnvironmentCannot when memory or disk do not suffice.
     """
@@ -138,11 +136,10 @@ def train(
     tokens_per_step = config.batch_size * config.sequence_length
     for step in range(len(history), config.num_steps):
         started = time.perf_counter()
-        chosen = windows_of_step(step, len(windows_NT), config.batch_size, seed)
-        batch, counted = windows_NT[chosen], None if counted_NT is None else counted_NT[chosen]
+        batch = windows[windows_of_step(step, len(windows), config.batch_size, seed)]
         rate = learning_rate(step, config)
-        scale = _ce_scale(student, teacher, batch, counted, config, history)
-        loss, divergence, ce = _accumulate(student, teacher, batch, counted, config, ce_scale=scale)
+        scale = _ce_scale(student, teacher, batch, config, history)
+        loss, divergence, ce = _accumulate(student, teacher, batch, config, ce_scale=scale)
         grad_norm = _update(student, optimizer, rate, config, step=step + 1, loss=loss)
         tok_s = tokens_per_step / (time.perf_counter() - started)
         history.append(Point(step + 1, (step + 1) * tokens_per_step, loss, divergence, ce, rate, grad_norm, tok_s))
@@ -162,8 +159,7 @@ def _adamw(student: Student, config: Distill) -> torch.optim.AdamW:
 def _ce_scale(
     student: Student,
     teacher: PreTrainedModel,
-    batch_BT: Tensor,
-    counted_BT: Tensor | None,
+    batch: Windows,
     config: Distill,
     history: list[Point],
 ) -> float:
@@ -181,15 +177,14 @@ def _ce_scale(
         divergence, ce = before.divergence, before.ce
     else:
         with torch.no_grad():
-            _, divergence, ce = _accumulate(student, teacher, batch_BT, counted_BT, config, ce_scale=1.0)
+            _, divergence, ce = _accumulate(student, teacher, batch, config, ce_scale=1.0)
     return config.temperature**2 * divergence / ce if ce > 0 else 1.0
 
 
 def _accumulate(
     student: Student,
     teacher: PreTrainedModel,
-    batch_BT: Tensor,
-    counted_BT: Tensor | None,
+    batch: Windows,
     config: Distill,
     *,
     ce_scale: float,
@@ -201,13 +196,12 @@ def _accumulate(
     settings = LossSettings(
         config.temperature, config.ce_weight, config.chunk_tokens, config.loss, config.mixture, ce_scale
     )
-    positions = count_positions(batch_BT, counted_BT)
+    positions = count_positions(batch.ids, batch.counted)
     sums = torch.zeros(3, dtype=torch.float64)
     try:
-        for start in range(0, len(batch_BT), config.micro_batch_size):
-            at = slice(start, start + config.micro_batch_size)
-            counted = None if counted_BT is None else counted_BT[at]
-            loss = _forward_backward(student.model, teacher, batch_BT[at], counted, settings, positions)
+        for start in range(0, len(batch), config.micro_batch_size):
+            some = batch[start : start + config.micro_batch_size]
+            loss = _forward_backward(student.model, teacher, some, settings, positions)
             sums += torch.stack(loss).double().cpu()
     except torch.cuda.OutOfMemoryError as error:
         raise EnvironmentCannot(
@@ -222,19 +216,18 @@ def _accumulate(
 def _forward_backward(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
-    ids_BT: Tensor,
-    counted_BT: Tensor | None,
+    batch: Windows,
     settings: LossSettings,
     positions: Positions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ids = ids_BT.to(model.device, torch.int64)
-    counted = None if counted_BT is None else counted_BT.to(model.device)
+    batch = batch.to(model.device)
     with torch.no_grad():
-        teacher_hidden = teacher.base_model(ids, use_cache=False).last_hidden_state
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        teacher_hidden = last_hidden(teacher, batch)
+    hidden = last_hidden(model, batch)
     loss = distillation_loss(
-        hidden, head_of(model), teacher_hidden, head_of(teacher), ids, settings, positions, counted_BT=counted
-    )
+        hidden, head_of(model), teacher_hidden, head_of(teacher), batch.ids, settings, positions,
+        counted_BT=batch.counted,
+    )  # fmt: skip
     if loss.total.requires_grad:
         torch.autograd.backward(loss.total)
     return loss.total.detach(), loss.divergence, loss.ce

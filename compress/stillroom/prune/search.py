@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from stillroom.distill.closeness import closeness
+from stillroom.distill.packing import Windows
 from stillroom.distill.train import Student, train
 from stillroom.home import home
 from stillroom.models.load import load_model
@@ -123,9 +123,9 @@ def _after_distillation(pruner: Pruner, model_dir: Path, tokens: int) -> float:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     student = Student(load_model(model_dir))
-    windows: Tensor = pruner.fitting_NT
+    windows, heldout = Windows(pruner.fitting_NT), Windows(pruner.heldout_NT)
     train(student, pruner.dense, windows, config, seed=pruner.seed, scratch_dir=scratch, progress=pruner.progress)
-    kl = closeness(student.model, pruner.dense, pruner.heldout_NT, config).kl
+    kl = closeness(student.model, pruner.dense, heldout, config).kl
     shutil.rmtree(scratch)
     del student
     release_memory()
