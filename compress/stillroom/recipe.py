@@ -54,14 +54,15 @@ class TextSource(Frozen):
     """Where text comes from. A bare string in a recipe is its `source`."""
 
     source: str = Field(min_length=1)
-    """A .txt, .jsonl, .jsonl.gz or .parquet file; `hub:NAME` or `hub:NAME:CONFIG`; `teacher`, text that the unpruned
-    model writes itself (no data needed); `python-docs`, the language reference that every CPython carries."""
+    """A .txt, .jsonl, .jsonl.gz, .parquet or .arrow file; `hub:NAME` or `hub:NAME:CONFIG`, streamed; `teacher`, text
+    that the unpruned model writes itself (no data needed); `python-docs`, the language reference that every CPython
+    carries."""
     name: Name | None = None
     """How measurements on this text are called. Default: from the source."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in a blend, relative to the others."""
     field: str = "text"
-    """The column of a .jsonl or .parquet file, or of a hub dataset. Rows with `messages` go through the chat
+    """The column of a .jsonl, .parquet or .arrow file, or of a hub dataset. Rows with `messages` go through the chat
     template."""
     split: str = "train"
     """Of a hub dataset."""
@@ -91,7 +92,7 @@ class TextSource(Frozen):
         if self.name:
             return self.name
         stem = self.source.removeprefix("hub:").rsplit("/", 1)[-1].lower()
-        for ending in (".gz", ".jsonl", ".txt", ".parquet"):
+        for ending in (".gz", ".jsonl", ".txt", ".parquet", ".arrow"):
             stem = stem.removesuffix(ending)
         return "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)
 

@@ -1,8 +1,8 @@
 """Bad input that can be known before anything runs, each an InputError in one line. No torch, until text is read.
 
 A plan asks what config.json tells (`check_step`, `check_tensors`). Only a run asks what takes reading: whether the
-weights are numbers, and whether the text fills a window (`check_weights_and_text`). The stages ask again, but the prune
-stage comes after the unpruned model was measured, which takes long.
+weights are numbers, whether hub datasets answer, and whether the text fills a window (`check_weights_and_text`). The
+stages ask again, but the prune stage comes after the unpruned model was measured, which takes long.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stillroom.models.weights import check_known
 from stillroom.plan import Plan, Step
 from stillroom.prune.allowed import check_prune
 from stillroom.recipe import Distill, Evaluate, Prune, Quantize, TextSource, Verify
-from stillroom.text import HUB, TEACHER
+from stillroom.text import HUB, TEACHER, require_document
 
 FOR_DECODERS = {
     "text": ("the text source `teacher`", "name a text file or a data set in `data`"),
@@ -63,7 +63,14 @@ def check_weights_and_text(plan: Plan, todo: Sequence[Step]) -> None:
         source = plan.sources.get(step.name)
         if source is not None and source.kind == "directory" and source.path is not None:
             check_finite(source.path)
+    _check_hub_text(todo)
     _check_windows(plan, todo)
+
+
+def _check_hub_text(todo: Sequence[Step]) -> None:
+    """Each hub dataset that is read can be reached and has the column that is asked for."""
+    for source in dict.fromkeys(text for step in todo for text in step.text if text.source.startswith(HUB)):
+        require_document(source)
 
 
 def _check_windows(plan: Plan, todo: Sequence[Step]) -> None:

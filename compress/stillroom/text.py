@@ -24,7 +24,10 @@ from stillroom.recipe import TextSource
 TEACHER = "teacher"
 PYTHON_DOCS = "python-docs"
 HUB = "hub:"
-ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+
+ROWS_TOGETHER = 256
+"""Rows of a table that are Python objects at one time."""
 
 Document = str | list[dict[str, str]]
 """Plain text, or a conversation as `role` and `content` of each message."""
@@ -51,6 +54,11 @@ def check_text(source: TextSource) -> None:
     if source.source.startswith(HUB):
         _hub_name(source)  # whether `datasets` is there is for preflight: a plan needs only the name
         return
+    require_document(source)
+
+
+def require_document(source: TextSource) -> None:
+    """Read the first document. Raises InputError where there is none, EnvironmentCannot where a hub does not answer."""
     if next(read_documents(source), None) is None:
         raise InputError(f"{source.source} is empty: it holds no document with text")
 
@@ -79,8 +87,8 @@ def _documents(source: TextSource, written: Path | None) -> Iterator[Document]:
     path = _existing_file(source)
     if path.name.endswith(".txt"):
         return _paragraphs(path)
-    if path.name.endswith(".parquet"):
-        return _parquet(path, source)
+    if path.name.endswith((".parquet", ".arrow")):
+        return _arrow(path, source)
     return _jsonl(path, source.field)
 
 
@@ -147,23 +155,53 @@ def _jsonl(path: Path, field: str) -> Iterator[Document]:
         yield _document(row, field, f"{path} line {number}")
 
 
-def _parquet(path: Path, source: TextSource) -> Iterator[Document]:
+def _arrow(path: Path, source: TextSource) -> Iterator[Document]:
+    """Rows of a parquet file, or of an Arrow file or stream, some at a time."""
     _require("pyarrow", source)
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = [name for name in (source.field, "messages") if name in file.schema_arrow.names][:1]
-        if not columns:
-            _document(dict.fromkeys(file.schema_arrow.names), source.field, str(path))
+        if path.name.endswith(".parquet"):
+            file = pyarrow.parquet.ParquetFile(path)
+            names = file.schema_arrow.names
+            column = _column(names, source, path)
+            batches = file.iter_batches(batch_size=ROWS_TOGETHER, columns=[column])
+        else:
+            names, found = _arrow_batches(pyarrow.memory_map(str(path)))
+            column = _column(names, source, path)
+            batches = (batch.select([column]) for batch in found)
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield _document(row, source.field, f"{path} row {number}")
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path} is not a whole parquet file: {error}") from error
+        for batch in batches:
+            for start in range(0, batch.num_rows, ROWS_TOGETHER):
+                for row in batch.slice(start, ROWS_TOGETHER).to_pylist():
+                    number += 1
+                    yield _document(row, source.field, f"{path} row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        kind = "parquet" if path.name.endswith(".parquet") else "Arrow"
+        raise InputError(f"{path} is not a whole {kind} file: {error}") from error
+
+
+def _arrow_batches(file: Any) -> tuple[list[str], Iterator[Any]]:
+    """Column names and batches of what is in Arrow's file format or, as `datasets` writes it, in its stream format."""
+    import pyarrow
+
+    try:
+        reader = pyarrow.ipc.open_file(file)
+    except pyarrow.ArrowInvalid:
+        file.seek(0)
+        stream = pyarrow.ipc.open_stream(file)
+        return stream.schema.names, iter(stream)
+    return reader.schema.names, (reader.get_batch(i) for i in range(reader.num_record_batches))
+
+
+def _column(names: list[str], source: TextSource, path: Path) -> str:
+    """The one that holds the documents. Raises InputError where there is none."""
+    column = next((name for name in (source.field, "messages") if name in names), None)
+    if column is None:
+        _document(dict.fromkeys(names), source.field, str(path))
+    assert column is not None
+    return column
 
 
 def _hub(source: TextSource) -> Iterator[Document]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.recipe import TextSource
+from stillroom.refusals import _check_hub_text
 from stillroom.text import check_text, fingerprint, read_documents
 
 CHAT = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Slowly."}]
@@ -62,6 +66,45 @@ def test_parquet_is_read_by_column(tmp_path: Path) -> None:
         check_text(TextSource(source=str(tmp_path / "a.parquet")))
 
 
+@pytest.mark.parametrize("form", ["file", "stream"])
+def test_arrow_files_and_streams_are_read_batch_by_batch(tmp_path: Path, form: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.arrow"
+
+    def write(table: Any, size: int) -> TextSource:
+        new = pyarrow.ipc.new_file if form == "file" else pyarrow.ipc.new_stream
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=size)
+        return TextSource(source=str(path))
+
+    texts = [f"number {i}" for i in range(700)]
+    assert read(write(pyarrow.table({"n": list(range(700)), "text": texts}), 300)) == texts
+    assert read(write(pyarrow.table({"messages": [CHAT]}), 1)) == [CHAT]
+    source = write(pyarrow.table({"body": ["one"]}), 1)
+    with pytest.raises(InputError, match="has neither 'text' nor 'messages'; its fields: body"):
+        check_text(source)
+    assert read(source.model_copy(update={"field": "body"})) == ["one"]
+    assert source.label == "a"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="is not a whole Arrow file"):
+        check_text(source)
+    with pytest.raises(InputError, match=r"a.arrow is empty: it holds no document"):
+        check_text(write(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), 1))
+
+
+def test_an_arrow_stream_that_breaks_off_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": [f"number {i}" for i in range(700)]})
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=300)
+    whole = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(whole[: len(whole) * 2 // 3])
+    source = TextSource(source=str(tmp_path / "a.arrow"))
+    check_text(source)
+    with pytest.raises(InputError, match="is not a whole Arrow file"):
+        read(source)
+
+
 def test_what_the_teacher_wrote_is_read_from_its_artifact(tmp_path: Path) -> None:
     jsonl(tmp_path / "text.jsonl", {"text": "<|user|>Hi", "source": "teacher"})
     source = TextSource(source="teacher", tokens=100)
@@ -95,7 +138,7 @@ def test_the_fingerprint_of_a_hub_dataset_needs_no_network() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"x", r"known; allowed: a file ending in .txt, .jsonl, .jsonl.gz, .parquet"),
+        ("a.csv", b"x", r"known; allowed: a file ending in .txt, .jsonl, .jsonl.gz, .parquet, .arrow"),
         ("a.txt", None, r"does not exist .* give a file ending in .txt"),
         ("a.txt", b"", r"a.txt is empty"),
         ("a.txt", b"\n \n\n", r"holds no document with text"),
@@ -112,6 +155,7 @@ def test_the_fingerprint_of_a_hub_dataset_needs_no_network() -> None:
         ),
         ("a.jsonl.gz", b"not gzip", r"not a whole gzip file"),
         ("a.parquet", b"not parquet", r"is not a whole parquet file"),
+        ("a.arrow", b"not arrow at all", r"is not a whole Arrow file"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -159,6 +203,34 @@ def test_a_hub_that_is_out_of_reach_is_no_fault_of_the_recipe(tmp_path: Path) ->
     )
     assert EnvironmentCannot.__name__ in done.stderr.splitlines()[-1]
     assert "give a local file" in done.stderr
+
+
+def test_hub_rows_are_streamed_and_checked_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: dict[str, Any] = {}
+    taken = []
+
+    def rows_of(name: str, config: str | None, **options: Any) -> Any:
+        asked.update(options, name=name, config=config)
+
+        def generate() -> Iterator[dict[str, Any]]:
+            for i in range(1000):
+                taken.append(i)
+                yield {"body": f"number {i}"} if i % 2 else {"messages": CHAT}
+
+        return generate() if name != "org/empty" else iter(())
+
+    monkeypatch.setattr(datasets, "load_dataset", rows_of)
+    source = TextSource(source="hub:org/name:part", field="body", split="test", revision="abc")
+    assert list(itertools.islice(read_documents(source), 2)) == [CHAT, "number 1"]
+    assert asked == {"name": "org/name", "config": "part", "split": "test", "revision": "abc", "streaming": True}
+    assert len(taken) == 2, "no more is fetched than is read"
+    step = SimpleNamespace(text=(source.model_copy(update={"field": "text"}),))
+    _check_hub_text([step])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="row 2 has neither 'text' nor 'messages'; its fields: body"):
+        read(step.text[0])
+    with pytest.raises(InputError, match="hub:org/empty is empty"):
+        _check_hub_text([SimpleNamespace(text=(TextSource(source="hub:org/empty"),))])  # type: ignore[list-item]
 
 
 def test_reading_text_imports_no_torch() -> None:
