@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -28,6 +30,7 @@ from stillroom.distill.train import (
     load_checkpoint,
     save_training,
     train,
+    windows_of_rank,
     windows_of_step,
 )
 from stillroom.errors import EnvironmentCannot, InputError
@@ -245,6 +248,25 @@ def test_every_window_is_seen_once_an_epoch() -> None:
     assert sorted(seen[:10].tolist()) == list(range(10))
     assert sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 24), st.integers(0, 9), st.integers(0, 9))
+def test_any_number_of_ranks_sees_the_same_windows_in_a_step(
+    num_windows: int, batch_size: int, step: int, seed: int
+) -> None:
+    """And a step's windows are the same whichever steps were asked for before it."""
+    stream = torch.cat([windows_of_step(s, num_windows, batch_size, seed) for s in range(step + 1)])
+    chosen = windows_of_step(step, num_windows, batch_size, seed)
+    assert stream[-batch_size:].tolist() == chosen.tolist()
+    for world_size in range(1, batch_size + 2):
+        if batch_size % world_size:
+            with pytest.raises(InputError, match=f"batch_size {batch_size} cannot be shared out among {world_size} ra"):
+                windows_of_rank(chosen, 0, world_size)
+            continue
+        parts = [windows_of_rank(chosen, rank, world_size) for rank in range(world_size)]
+        assert {len(part) for part in parts} == {batch_size // world_size}
+        assert torch.cat(parts).tolist() == chosen.tolist()
 
 
 @pytest.mark.parametrize("masked", [False, True])

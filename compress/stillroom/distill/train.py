@@ -108,6 +108,22 @@ def windows_of_step(step: int, num_windows: int, batch_size: int, seed: int) -> 
     return torch.stack([orders[p // num_windows][p % num_windows] for p in positions])
 
 
+def windows_of_rank(step_B: Tensor, rank: int, world_size: int) -> Tensor:
+    """The part of a step's windows that one of `world_size` ranks takes, (B / world_size,): each is taken once.
+
+    With `windows_of_step` it is a function of seed, step, rank and world size alone, so a run may go on with another
+    number of ranks and sees the same windows in the same steps. Raises InputError where the batch cannot be shared out.
+    """
+    batch_size = len(step_B)
+    if batch_size % world_size:
+        allowed = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
+        raise InputError(
+            f"batch_size {batch_size} cannot be shared out among {world_size} ranks; run on {allowed} or change it"
+        )
+    assert 0 <= rank < world_size
+    return step_B.view(world_size, -1)[rank]
+
+
 def _order(epoch: int, num_windows: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     return torch.randperm(num_windows, generator=generator)
