@@ -19,6 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from stillroom.distill.breadth import narrow_by_recipe
 from stillroom.engines.engine import find_engines
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.machine import GIB, Machine, free_disk_bytes, this_machine
@@ -58,6 +59,7 @@ class StepOutlook:
     """The most that the step has on disk, scratch included."""
     prune: Preview | None = None
     """What a prune stage will do."""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Outlook:
                     "memory_bytes_at_least": row.memory_bytes,
                     "disk_bytes_at_most": row.disk_bytes,
                     **({"prune": row.prune.as_json()} if row.prune else {}),
+                    **({"warnings": list(row.warnings)} if row.warnings else {}),
                 }
                 for row in self.steps
             ],
@@ -95,11 +98,12 @@ class Outlook:
         return kept + max((row.disk_bytes - (row.weight_bytes or 0) for row in todo if row.disk_bytes), default=0)
 
     def render(self) -> RenderableType:
-        """For the terminal: a table, and what each prune stage will do."""
+        """For the terminal: a table, what each prune stage will do, and warnings."""
         said: list[RenderableType] = [self._table()]
         for row in self.steps:
             if row.prune is not None:
                 said += [Text(row.step.name, "bold"), Padding(Text("\n".join(row.prune.lines())), (0, 0, 1, 2))]
+            said += [Text(f"warning: {row.step.name}: {warning}", "yellow") for warning in row.warnings]
         return Group(*said)
 
     def _table(self) -> Table:
@@ -143,7 +147,9 @@ def outlook(plan: Plan, run_dir: Path | None) -> Outlook:
         check_step(step, shapes)
         is_cached = run_dir is not None and cached(step, run_dir) is not None
         row = _costs(plan, step, is_cached, shapes, schemes)
-        rows.append(dataclasses.replace(row, prune=_preview(plan, step, run_dir, shapes, schemes)))
+        preview_of = _preview(plan, step, run_dir, shapes, schemes)
+        warnings = narrow_by_recipe(step.text, step.config) if isinstance(step.config, Distill) else []
+        rows.append(dataclasses.replace(row, prune=preview_of, warnings=tuple(warnings)))
     return Outlook(plan, tuple(rows))
 
 

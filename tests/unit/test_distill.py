@@ -76,6 +76,9 @@ def test_a_student_gets_closer_to_its_teacher(tmp_path: Path) -> None:
     assert result.details["validation_agreement_after"] > result.details["validation_agreement_before"]
     assert result.details["last_loss"] < result.details["first_loss"]
     assert progress.updates[-1][:2] == (60, 60)
+    (warning,) = result.details["warnings"]
+    assert warning.startswith("100% of the training text is from text")
+    assert f"warning: {warning}" in progress.messages
     curve = json.loads((tmp_path / "out" / "loss.json").read_text())
     assert [point["step"] for point in curve] == list(range(1, 61))
     assert curve[-1]["tokens"] == 60 * 8 * 16

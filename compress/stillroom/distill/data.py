@@ -141,14 +141,16 @@ def packed_windows(
     *,
     seed: int,
     clear_of: Contamination | None = None,
+    passes: dict[str, int] | None = None,
 ) -> Windows:
     """At most `num_windows` windows of the blend: fewer when every source was read once before.
 
-    What is left out because of `clear_of` is counted there. Raises InputError when the text does not fill one.
+    What is left out because of `clear_of` is counted there; `passes` is told how often each source was begun.
+    Raises InputError when the text does not fill one.
     """
     cut: list[tuple[Tensor, Tensor]] = []
     packer = Packer(borders(tokenizer), sequence_length)
-    for ids in blend(sources, inputs, tokenizer, seed=seed, clear_of=clear_of):
+    for ids in blend(sources, inputs, tokenizer, seed=seed, clear_of=clear_of, passes=passes):
         packer.add(ids)
         cut += packer.cut()
         if len(cut) >= num_windows:
@@ -179,6 +181,7 @@ def blend(
     *,
     seed: int,
     clear_of: Contamination | None = None,
+    passes: dict[str, int] | None = None,
 ) -> Iterator[list[int]]:
     """Documents as token ids, the sources' tokens in proportion to their weights.
 
@@ -186,6 +189,8 @@ def blend(
     """
 
     def one_pass(source: TextSource, number: int) -> Iterator[list[int]]:
+        if passes is not None:
+            passes[source.label] = number + 1
         shuffled = shuffle(documents(source, inputs), random.Random(f"{seed}/{source.label}/{number}"))
         if clear_of is not None:
             shuffled = _clean(shuffled, source, tokenizer, clear_of, Dropped() if number else None)

@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom.artifact import write_atomically
+from stillroom.distill.breadth import narrow
 from stillroom.distill.closeness import Closeness, closeness
 from stillroom.distill.data import contamination_of, decontamination_details, packed_windows
 from stillroom.distill.decontaminate import Contamination
@@ -43,8 +44,13 @@ def run(job: Job) -> StageResult:
     tokenizer = load_tokenizer(student_dir)
     _check(job, shape, teacher_shape, tokenizer, load_tokenizer(teacher_dir))
     clear_of = contamination_of(job.evaluated, tokenizer)
-    windows, validation = _windows(job, tokenizer, clear_of)
+    passes: dict[str, int] = {}
+    windows, validation = _windows(job, tokenizer, clear_of, passes)
     dropped = decontamination_details(clear_of, job)
+    epochs = config.num_steps * config.batch_size / len(windows)
+    warnings = narrow(job.text, {label: number * max(epochs, 1.0) for label, number in passes.items()})
+    for warning in warnings:
+        job.progress.log(f"warning: {warning}")
     job.progress.log(
         f"{config.num_steps} steps of {config.batch_size} x {config.sequence_length} tokens from {len(windows)} windows"
     )
@@ -67,7 +73,7 @@ def run(job: Job) -> StageResult:
         details=_details(history, len(windows))
         | _validated(before, "before")
         | _validated(after, "after")
-        | {"decontamination": dropped},
+        | {"decontamination": dropped, "warnings": warnings},
     )
 
 
@@ -103,12 +109,15 @@ def _check(
         )
 
 
-def _windows(job: Job, tokenizer: PreTrainedTokenizerBase, clear_of: Contamination | None) -> tuple[Windows, Windows]:
-    """Windows to train on and windows kept apart; the latter may be none."""
+def _windows(
+    job: Job, tokenizer: PreTrainedTokenizerBase, clear_of: Contamination | None, passes: dict[str, int]
+) -> tuple[Windows, Windows]:
+    """Windows to train on and windows kept apart; the latter may be none. `clear_of` and `passes` are told of it."""
     config: Distill = job.config
     wanted = config.num_steps * config.batch_size + VALIDATION_WINDOWS
+    length = config.sequence_length
     windows = packed_windows(
-        job.text, job.inputs, tokenizer, config.sequence_length, wanted, seed=job.seed, clear_of=clear_of
+        job.text, job.inputs, tokenizer, length, wanted, seed=job.seed, clear_of=clear_of, passes=passes
     )
     if not config.document_masks:
         windows = Windows(windows.ids)
