@@ -117,10 +117,9 @@ class _Builder:
     def add_teacher_text(self, sources: tuple[TextSource, ...], role: str) -> None:
         for source, seed in zip(sources, range(len(sources)), strict=True):
             if source.source == "teacher":
-                offset = 1000 * (role == "heldout") + seed
-                self.add(
-                    f"text:{role}.{source.label}", "text", source, {"source": "dense"}, seed=self.recipe.seed + offset
-                )
+                name, offset = f"text:{role}.{source.label}", 1000 * (role == "heldout") + seed
+                starts = () if source.starts is None else (source.starts,)
+                self.add(name, "text", source, {"source": "dense"}, starts, seed=self.recipe.seed + offset)
 
 
 def _by_content(config: BaseModel) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def _require_libraries(plan: Plan, kinds: set[str]) -> None:
         wanted.append("guidellm")
     if "evaluate" in kinds and plan.recipe.evaluate is not None and plan.recipe.evaluate.tasks:
         wanted.append("lm_eval")
-    if any(source.source.startswith(HUB) for source in (*plan.recipe.data.train, *plan.recipe.data.heldout)):
+    if any(source.source.startswith(HUB) for step in plan.steps for source in step.text):
         wanted.append("datasets")
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
         raise EnvironmentCannot(

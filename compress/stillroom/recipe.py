@@ -72,6 +72,14 @@ class TextSource(Frozen):
     """For `teacher`: how many tokens it writes. For the others: the most to read."""
     temperature: float = Field(default=1.0, gt=0, le=5)
     """For `teacher`: sampling temperature."""
+    prompts: TextSource | None = None
+    """For `teacher`: it answers these documents, each a user's message or a conversation up to its last one, in order
+    and again from the first. Default: it writes the messages too, or starts from nothing where it has no chat
+    template."""
+    continues: TextSource | None = None
+    """For `teacher`: it continues the first tokens of these documents instead."""
+    first_tokens: int = Field(default=32, ge=1, le=256)
+    """Of each document in `continues`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +93,21 @@ class TextSource(Frozen):
                 "text source `teacher` needs `tokens`: how many the unpruned model shall write, such as 65536"
             )
         return self
+
+    @model_validator(mode="after")
+    def _only_the_teacher_is_given_starts(self) -> TextSource:
+        if self.starts is not None and self.source != "teacher":
+            raise ValueError(f"`prompts` and `continues` go with text source `teacher`, not {self.source!r}")
+        if self.prompts is not None and self.continues is not None:
+            raise ValueError("give `prompts` or `continues`, not both; two `teacher` sources may blend them")
+        if self.starts is not None and self.starts.source == "teacher":
+            raise ValueError("what the teacher starts from cannot be `teacher`; name a file, a hub dataset or leave it")
+        return self
+
+    @property
+    def starts(self) -> TextSource | None:
+        """The documents that the teacher starts from; None: from nothing."""
+        return self.prompts or self.continues
 
     @property
     def label(self) -> str:
@@ -622,7 +645,8 @@ def _one_line(detail: Any) -> str:
 def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
     """The fields allowed where an unknown one stood, found by walking the location through the models."""
     by_name: dict[str, type[BaseModel]] = {
-        "model": ModelSource, "data": Data, "train": TextSource, "heldout": TextSource, "prune": Prune,
+        "model": ModelSource, "data": Data, "train": TextSource, "heldout": TextSource, "prompts": TextSource,
+        "continues": TextSource, "prune": Prune,
         "distill": Distill, "quantize": Quantize, "calibration": Calibration, "target": Target, "search": SearchBudget,
         "repair": Repair, "verify": Verify,
         "evaluate": Evaluate, "tasks": Task, "bench": Bench, "baselines": ModelSource,

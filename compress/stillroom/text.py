@@ -50,6 +50,8 @@ def fingerprint(source: TextSource) -> str:
 def check_text(source: TextSource) -> None:
     """Raise InputError, or EnvironmentCannot for a missing library, where the text cannot be read from its start."""
     if source.source == TEACHER:
+        if source.starts is not None:
+            check_text(source.starts)
         return
     if source.source.startswith(HUB):
         _hub_name(source)  # whether `datasets` is there is for preflight: a plan needs only the name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from runs import tiny_recipe
 from stage_jobs import Killed, Remembered, artifact_at, job_for, kill_at
 from stillroom.distill import teacher
 from stillroom.distill.decode import sample, write
-from stillroom.distill.teacher import Draft, Opening, distinct_share, opening_of
+from stillroom.distill.teacher import Draft, Opening, distinct_share, opening_of, openings_of
 from stillroom.errors import InputError
-from stillroom.recipe import TextSource
+from stillroom.plan import make_plan
+from stillroom.recipe import TextSource, load_recipe
 from stillroom.stage import Job
 from tiny import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -157,3 +160,92 @@ def test_the_distinct_share_tells_repetition_from_prose() -> None:
     assert distinct_share([prose * 20]) < 0.1
     assert distinct_share([prose + "Yes, of course it is.", prose + "No, certainly it is not."]) == 1.0
     assert distinct_share([]) == 0.0
+
+
+def documents_file(path: Path, *documents: Any) -> str:
+    keyed = [{"text": d} if isinstance(d, str) else {"messages": d} for d in documents]
+    path.write_text("".join(json.dumps(row) + "\n" for row in keyed), encoding="utf-8")
+    return str(path)
+
+
+def prefixes(job: Job, number: int, *, chat: bool = True) -> list[str]:
+    """What the first documents begin with, spelled out."""
+    tokenizer = tiny_tokenizer()
+    if not chat:
+        tokenizer.chat_template = None
+    found = itertools.islice(openings_of(tiny_model(), tokenizer, job), number)
+    return [tokenizer.decode(opening.prefix) for opening in found]
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How?"},
+    {"role": "assistant", "content": "Slowly."},
+]
+
+
+def test_prompts_are_answered_in_order_and_again_from_the_first(tmp_path: Path) -> None:
+    progress = Remembered()
+    prompts = documents_file(tmp_path / "prompts.jsonl", "Why?", "word " * 400, CHAT)
+    job = text_job(tmp_path, progress=progress, prompts=prompts)
+    first, second = "<|user|>Why?<|end|><|assistant|>", "<|system|>Be brief.<|end|><|user|>How?<|end|><|assistant|>"
+    assert prefixes(job, 5) == [first, second, first, second, first]
+    assert progress.messages == ["passed over 1 prompts of more than 256 tokens"]
+    assert prefixes(text_job(tmp_path, prompts=documents_file(tmp_path / "p.jsonl", "Why?")), 1, chat=False) == ["Why?"]
+
+
+def test_the_first_tokens_of_documents_are_continued(tmp_path: Path) -> None:
+    text = "The still was small and the fire was low."
+    job = text_job(tmp_path, continues=documents_file(tmp_path / "a.jsonl", text, CHAT), first_tokens=4)
+    tokenizer = tiny_tokenizer()
+    cut = [tokenizer.decode(tokenizer(t)["input_ids"][:4]) for t in (text, "<|system|>Be brief.<|end|>")]
+    assert prefixes(job, 3) == [*cut, cut[0]]
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [(["word " * 400], "has no prompt of at most 256 tokens"), ([CHAT[2:]], "without a user's message")],
+)
+def test_prompts_that_cannot_be_answered_are_refused(tmp_path: Path, documents: list[Any], message: str) -> None:
+    job = text_job(tmp_path, prompts=documents_file(tmp_path / "prompts.jsonl", *documents))
+    with pytest.raises(InputError, match=message):
+        prefixes(job, 1)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_killed_run_goes_on_with_the_next_prompts(tmp_path: Path) -> None:
+    prompts = documents_file(tmp_path / "prompts.jsonl", *[f"number {i}?" for i in range(30)])
+    teacher.run(text_job(tmp_path / "whole", prompts=prompts))
+    with pytest.raises(Killed):
+        teacher.run(text_job(tmp_path / "killed", progress=kill_at(1700), prompts=prompts))
+    teacher.run(text_job(tmp_path / "killed", prompts=prompts))
+    whole, resumed = ((tmp_path / name / "out" / "text.jsonl").read_text() for name in ("whole", "killed"))
+    assert whole == resumed
+    asked = [json.loads(line)["text"].partition("<|end|>")[0] for line in whole.splitlines()]
+    assert asked == [f"<|user|>number {i % 30}?" for i in range(len(asked))]
+
+
+def test_what_the_teacher_starts_from_decides_about_its_text(tmp_path: Path) -> None:
+    path = documents_file(tmp_path / "prompts.jsonl", "Why?")
+    teacher_text = {"source": "teacher", "tokens": 256, "prompts": path}
+    recipe = tiny_recipe(tmp_path, data={"train": [teacher_text]})
+    before = make_plan(load_recipe(str(recipe))).step("text:train.teacher")
+    assert [source.source for source in before.text] == [path]
+    documents_file(tmp_path / "prompts.jsonl", "Why not?")
+    assert make_plan(load_recipe(str(recipe))).step("text:train.teacher").key != before.key
+    (tmp_path / "prompts.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="has neither 'text' nor 'messages'"):
+        make_plan(load_recipe(str(recipe)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "a.txt", "prompts": "b.txt"}, "go with text source `teacher`"),
+        ({"prompts": "a.txt", "continues": "b.txt"}, "not both"),
+        ({"prompts": {"source": "teacher", "tokens": 64}}, "cannot be `teacher`"),
+    ],
+)
+def test_starts_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextSource.model_validate({"source": "teacher", "tokens": 64} | changes)

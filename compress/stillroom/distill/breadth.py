@@ -2,8 +2,8 @@
 
 Distilling on narrow text undoes what it does not show: as reported with ModelOpt, MMLU-Pro of a pruned model fell from
 40.6 to 11.3, because it no longer followed instructions. And text that is read more than four times is worth less than
-new text (Muennighoff et al., arXiv 2305.16264). What the unpruned model writes is not counted as one kind, since it is
-a sample of all that the model says. Nothing here imports torch: the plan asks too, by weights and given lengths.
+new text (Muennighoff et al., arXiv 2305.16264). What the unpruned model writes from nothing is not counted as one kind,
+since it is a sample of all that it says. Nothing here imports torch: the plan asks too, by weights and given lengths.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def narrow(sources: Sequence[TextSource], passes: Mapping[str, float]) -> list[s
         "what it does not show (MMLU-Pro 40.6 -> 11.3 where instructions were lacking); blend in other kinds, or text "
         "that the unpruned model writes (`teacher`)"
         for source in sources
-        if shares[source.label] > MOST_OF_ONE and source.source != TEACHER
+        if shares[source.label] > MOST_OF_ONE and (source.source != TEACHER or source.starts is not None)
     ]
     again = [
         f"{label} is read {number:.1f} times: beyond {MOST_PASSES} times text is worth less than new text (arXiv "

@@ -3,7 +3,8 @@
 A model with a chat template writes whole conversations, after Magpie (arXiv 2406.08464): it is given what its template
 puts before a user's message, writes that message, is given what opens the answer, and writes the answer. From a bare
 bos token such a model writes little of use (SmolLM2-135M-Instruct: mostly broken prose), because it never learned what
-precedes the first message. A base model starts from bos. Special tokens are kept in the text, spelled out, so that
+precedes the first message. A base model starts from bos. Or the recipe gives it starts: prompts to answer (a base model
+continues them), or documents whose first tokens it continues. Special tokens are kept in the text, spelled out, so that
 tokenizing it gives the structure back.
 
 Documents are written in batches, each from a generator of its own (seed and number of the batch), and a finished batch
@@ -12,11 +13,12 @@ is a file in the scratch directory: a killed run goes on with the next one and e
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,13 +26,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom.artifact import write_atomically
-from stillroom.distill.data import TEXT_FILE
+from stillroom.distill.data import TEXT_FILE, as_text
 from stillroom.distill.decode import write
+from stillroom.distill.packing import borders
 from stillroom.errors import InputError
 from stillroom.models.load import load_model, load_tokenizer
 from stillroom.models.shape import read_config, shape_of
 from stillroom.recipe import TextSource
 from stillroom.stage import Job, StageResult
+from stillroom.text import Document, read_documents
 
 DOCUMENT_TOKENS = 512
 """A document ends here at the latest."""
@@ -111,15 +115,17 @@ def run(job: Job) -> StageResult:
     assert source.tokens is not None  # the recipe sees to it
     shape = shape_of(read_config(model_dir), str(model_dir))
     model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
-    opening = opening_of(model, tokenizer)
     batch_size = max(1, min(BATCH_SIZE, CACHE_BYTES // (DOCUMENT_TOKENS * shape.kv_bytes_per_token())))
     batches = [_read(path) for path in sorted(job.scratch_dir.glob("batch-*.jsonl"))]
     finished = [document for batch in batches for document in batch]
+    openings = itertools.islice(openings_of(model, tokenizer, job), len(finished), None)
     started, before = time.perf_counter(), _count(finished)
     number = len(batches)
     while _count(finished) < source.tokens:
         size = min(batch_size, _documents_needed(source.tokens, finished))
-        batch = _write_batch(model, tokenizer, [Draft(opening) for _ in range(size)], job, number, _count(finished))
+        batch = _write_batch(
+            model, tokenizer, [Draft(next(openings)) for _ in range(size)], job, number, _count(finished)
+        )
         write_atomically(job.scratch_dir / f"batch-{number:06d}.jsonl", _rows(batch))
         finished += batch
         number += 1
@@ -140,13 +146,56 @@ def run(job: Job) -> StageResult:
     )
 
 
+def openings_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> Iterator[Opening]:
+    """What one document after the other begins with, without end; the given starts in order, again and again.
+
+    Raises InputError where none of them can be used.
+    """
+    source: TextSource = job.config
+    if source.starts is None:
+        yield from itertools.repeat(opening_of(model, tokenizer))
+    ends, bos = _ends(model, tokenizer), borders(tokenizer).bos
+    assert source.starts is not None
+    for number in itertools.count():
+        used = passed_over = 0
+        for document in read_documents(source.starts):
+            if source.prompts is not None:
+                text = _prompt(document, tokenizer, source.prompts.source)
+                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            else:
+                text = as_text(document, tokenizer, source.starts.source)
+                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: source.first_tokens]
+            prefix = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+            if 0 < len(prefix) <= DOCUMENT_TOKENS // 2:
+                used += 1
+                yield Opening(prefix=tuple(prefix), answer=(), ends=ends)
+            else:
+                passed_over += 1
+        if used == 0:
+            raise InputError(f"{source.starts.source} has no prompt of at most {DOCUMENT_TOKENS // 2} tokens")
+        if number == 0 and passed_over:
+            job.progress.log(f"passed over {passed_over} prompts of more than {DOCUMENT_TOKENS // 2} tokens")
+
+
+def _prompt(document: Document, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """What is to be answered, as the chat template puts it; as it is, where there is none."""
+    if isinstance(document, str):
+        if tokenizer.chat_template is None:
+            return document
+        document = [{"role": "user", "content": document}]
+    if tokenizer.chat_template is None:
+        return as_text(document, tokenizer, where)  # says what is wrong
+    while document and document[-1]["role"] != "user":
+        document = document[:-1]
+    if not document:
+        raise InputError(f"{where} has a conversation without a user's message; there is nothing to answer")
+    text: str = tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=True)
+    return text
+
+
 def opening_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Opening:
     """What this model's documents begin with. Raises InputError when its tokenizer does not say."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    ends = configured if configured is not None else tokenizer.eos_token_id
-    if ends is None:
-        raise InputError("the model has no end-of-text token (eos_token_id), so it cannot write text; give a text file")
-    stops = frozenset([ends] if isinstance(ends, int) else ends)
+    stops = _ends(model, tokenizer)
     if tokenizer.chat_template is None:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return Opening(prefix=(start if start is not None else min(stops),), answer=(), ends=stops)
@@ -160,6 +209,15 @@ def opening_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Op
             "give a text file instead of `teacher`"
         )
     return Opening(prefix, answer, stops)
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a message or a document. Raises InputError where there is none."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ends = configured if configured is not None else tokenizer.eos_token_id
+    if ends is None:
+        raise InputError("the model has no end-of-text token (eos_token_id), so it cannot write text; give a text file")
+    return frozenset([ends] if isinstance(ends, int) else ends)
 
 
 def distinct_share(texts: Sequence[str]) -> float:
