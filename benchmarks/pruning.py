@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from stillroom.artifact import environment, write_atomically
+from stillroom.distill.packing import borders
 from stillroom.models.load import load_model, load_tokenizer
 from stillroom.prune.choice import what_to_score, width_cut
 from stillroom.prune.cut import Cut
@@ -101,13 +102,17 @@ def read_texts(folder: Path, tokenizer: PreTrainedTokenizerBase, arguments: argp
 
 
 def _windows(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Tensor:
+    """At most `count` windows, each started as the tokenizer starts a text."""
+    first = [] if (bos := borders(tokenizer).bos) is None else [bos]
+    length -= len(first)
     ids: list[int] = []
     for row in rows:
         ids += tokenizer(_text(row, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
         ids.append(tokenizer.eos_token_id)
         if len(ids) >= count * length:
             break
-    return torch.tensor(ids[: len(ids) // length * length][: count * length]).view(-1, length)
+    whole = range(0, min(len(ids) // length, count) * length, length)
+    return torch.tensor([first + ids[start : start + length] for start in whole])
 
 
 def _pieces(row: dict[str, Any]) -> list[dict[str, Any]]:
