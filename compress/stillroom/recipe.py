@@ -367,7 +367,7 @@ class Distill(StageConfig):
     """Sequences in an optimizer step."""
     document_masks: bool = True
     """The documents that share a packed sequence do not see each other, and each counts its positions from 0. Off:
-    every token sees all before it in the sequence, which allows attention kernels that take no mask."""
+    every token sees all before it in the sequence, which is faster, the more the longer the sequence."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences in a forward pass; the rest of the batch is accumulated."""
     learning_rate: float = Field(default=1e-4, gt=0)

@@ -15,15 +15,20 @@ import yaml
 
 from runs import stillroom
 from stillroom.cli import cli
+from stillroom.distill.breadth import MOST_OF_ONE, MOST_PASSES, narrow_by_recipe
+from stillroom.distill.decontaminate import COMMON, GRAM_WORDS
+from stillroom.distill.teacher import DOCUMENT_TOKENS
 from stillroom.models.shape import shape_of
 from stillroom.prune.repair.kinds import forbidden
-from stillroom.recipe import Recipe
+from stillroom.recipe import Distill, Recipe, TextSource
+from stillroom.text import ENDINGS, HUB, PYTHON_DOCS, ROWS_TOGETHER, TEACHER
 from tiny import tiny_checkpoint, tiny_config, tiny_text, tiny_text_file
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 PRUNING = ROOT / "docs" / "pruning.md"
+DATA = ROOT / "docs" / "data.md"
 FAMILY_TYPES = {
     "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Phi-3": "phi3", "SmolLM3": "smollm3",
     "StarCoder2": "starcoder2", "GPT-2": "gpt2", "Qwen3-MoE": "qwen3_moe", "Gemma 2": "gemma2",
@@ -113,10 +118,25 @@ def test_every_documented_make_target_exists() -> None:
 
 
 def test_every_documented_recipe_is_a_recipe() -> None:
-    for page in (ROOT / "README.md", PRUNING):
+    for page in (ROOT / "README.md", PRUNING, DATA):
         assert yaml_blocks(page)
         for block in yaml_blocks(page):
             Recipe.model_validate({"name": "documented", "model": "./my-model", **yaml.safe_load(block)})
+
+
+def test_the_text_page_names_every_source_and_the_numbers_of_the_code() -> None:
+    said = " ".join(DATA.read_text(encoding="utf-8").split())
+    (block,) = yaml_blocks(DATA)
+    documented = Recipe.model_validate({"name": "documented", **yaml.safe_load(block)})
+    (stage,) = documented.stages
+    assert isinstance(stage, Distill)
+    assert narrow_by_recipe(documented.data.train, stage) == []
+    wanted = [f"`{name}`" for name in (*ENDINGS[:-1], TEACHER, PYTHON_DOCS)] + [f"`{ENDINGS[-1]}` (file", f"`{HUB}NAME"]
+    wanted += [f"share {GRAM_WORDS} words", f"fewer than {GRAM_WORDS} words", f"{ROWS_TOGETHER} rows at a time"]
+    wanted += [f"more than {MOST_OF_ONE:.0%}", f"end at {DOCUMENT_TOKENS} tokens"]
+    wanted += [f"`first_tokens` ({TextSource.model_fields['first_tokens'].default})"]
+    assert [words for words in wanted if words not in said] == []
+    assert (COMMON, MOST_PASSES) == (10, 4), "the page says ten and four"
 
 
 def test_the_pruning_page_says_of_each_family_which_repairs_it_allows() -> None:
