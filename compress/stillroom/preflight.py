@@ -22,6 +22,7 @@ from rich.text import Text
 from stillroom.distill.breadth import narrow_by_recipe
 from stillroom.engines.engine import find_engines
 from stillroom.errors import EnvironmentCannot, InputError
+from stillroom.home import home
 from stillroom.machine import GIB, Machine, free_disk_bytes, this_machine
 from stillroom.models.shape import ModelShape, shape_of, stored_dtype
 from stillroom.plan import ARTIFACTS, Plan, Step, cached
@@ -38,6 +39,9 @@ from stillroom.text import HUB
 
 DISTILL_BYTES_PER_PARAM = 18
 """float32 master, gradient and two Adam moments, and a bfloat16 copy for the forward pass."""
+
+VALIDATION_BYTES_PER_PARAM = 10
+"""Of those without the moments: with a teacher cache, all that there is beside the teacher."""
 
 DISTILL_CHECKPOINT_BYTES_PER_PARAM = 24
 """float32 master and two Adam moments, twice while a new checkpoint replaces the old one."""
@@ -57,6 +61,8 @@ class StepOutlook:
     memory_bytes: int | None = None
     disk_bytes: int = 0
     """The most that the step has on disk, scratch included."""
+    teacher_cache_bytes: int = 0
+    """The most that a distillation's teacher cache takes under stillroom's home, which other runs may have written."""
     prune: Preview | None = None
     """What a prune stage will do."""
     warnings: tuple[str, ...] = ()
@@ -81,6 +87,7 @@ class Outlook:
                     "weight_bytes": row.weight_bytes,
                     "memory_bytes_at_least": row.memory_bytes,
                     "disk_bytes_at_most": row.disk_bytes,
+                    **({"teacher_cache_bytes_at_most": row.teacher_cache_bytes} if row.teacher_cache_bytes else {}),
                     **({"prune": row.prune.as_json()} if row.prune else {}),
                     **({"warnings": list(row.warnings)} if row.warnings else {}),
                 }
@@ -101,6 +108,13 @@ class Outlook:
         """For the terminal: a table, what each prune stage will do, and warnings."""
         said: list[RenderableType] = [self._table()]
         for row in self.steps:
+            if row.teacher_cache_bytes:
+                said.append(
+                    Text(
+                        f"{row.step.name}: a teacher cache of at most {row.teacher_cache_bytes / GIB:.2f} GiB in "
+                        f"{home() / 'teacher-cache'}, unless it is there"
+                    )
+                )
             if row.prune is not None:
                 said += [Text(row.step.name, "bold"), Padding(Text("\n".join(row.prune.lines())), (0, 0, 1, 2))]
             said += [Text(f"warning: {row.step.name}: {warning}", "yellow") for warning in row.warnings]
@@ -248,18 +262,22 @@ def _costs(
         return shapes[name].weight_bytes(schemes[name]) if name in shapes else 0
 
     memory = max((bytes_of(name) for name in step.inputs.values()), default=0) or weights
-    disk = weights or 0
+    disk, cache = weights or 0, 0
     if step.kind == "import" and plan.sources[step.name].kind == "directory":
         disk = 0
     if isinstance(step.config, ModelSource) and plan.sources[step.name].kind != "gguf" and step.config.dtype == "auto":
         memory = None  # its files are hashed where they lie
     if own is not None and isinstance(step.config, Distill):
         vocab_chunk = 3 * 4 * step.config.chunk_tokens * own.vocab_size
-        memory = bytes_of("dense") + own.num_params * DISTILL_BYTES_PER_PARAM + vocab_chunk
+        training = own.num_params * DISTILL_BYTES_PER_PARAM + vocab_chunk
+        memory = bytes_of("dense") + training
+        if step.config.teacher_cache is not None:  # in memory with masters and their gradients, without moments
+            memory = max(training, bytes_of("dense") + own.num_params * VALIDATION_BYTES_PER_PARAM + vocab_chunk)
+            cache = step.config.teacher_cache_bytes(own.vocab_size)
         disk = bytes_of(step.name) + own.num_params * DISTILL_CHECKPOINT_BYTES_PER_PARAM
     if step.kind == "verdict":
         memory = None
-    return StepOutlook(step, is_cached, own, weights, memory, disk)
+    return StepOutlook(step, is_cached, own, weights, memory, disk, cache)
 
 
 def _require_libraries(plan: Plan, kinds: set[str]) -> None:

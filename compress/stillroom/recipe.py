@@ -355,6 +355,49 @@ TEACHER_SHARE = {"skewed_kl": 0.1, "js": 0.5}
 """Of the mixture, where the recipe does not say: the papers' choices."""
 
 
+class SampledTeacher(Frozen):
+    """Random Sampling KD (arXiv 2503.16870): tokens drawn from the teacher, each with how often it came."""
+
+    kind: Literal["sampled"]
+    draws: int = Field(default=50, ge=1, le=255)
+    """With replacement, at each position; what comes more than once is stored once."""
+    proposal_power: float = Field(default=1.0, gt=0)
+    """Draws come from p^power and are weighted by p / p^power over their sum. At 1 the estimate is unbiased, with any
+    other power only as `draws` grows."""
+
+    @property
+    def most_pairs(self) -> int:
+        """Of a token and its weight, at one position."""
+        return self.draws
+
+    @property
+    def weight_bytes(self) -> int:
+        return 1 if self.proposal_power == 1 else 2  # counts, or 65535ths
+
+
+class TopKTeacher(Frozen):
+    """The teacher's likeliest tokens, and all others as one. Biased: nothing is said of how those others differ."""
+
+    kind: Literal["top_k"]
+    k: int = Field(default=64, ge=1)
+
+    @property
+    def most_pairs(self) -> int:
+        """Of a token and its weight, at one position."""
+        return self.k
+
+    @property
+    def weight_bytes(self) -> int:
+        return 2  # 65535ths
+
+
+def teacher_cache_token_bytes(config: SampledTeacher | TopKTeacher, vocab_size: int) -> int:
+    """Of a teacher cache on disk, at most: pairs, their number, the entropy, and the mass outside the k. The index of
+    windows and the heads of the shards, below 1%, come on top."""
+    pair = (2 if vocab_size <= 1 << 16 else 4) + config.weight_bytes
+    return config.most_pairs * pair + (1 if config.most_pairs <= 255 else 4) + (8 if config.kind == "top_k" else 4)
+
+
 class Distill(StageConfig):
     """Train the student toward the unpruned model's next-token distributions (Hinton et al., arXiv 1503.02531)."""
 
@@ -394,6 +437,10 @@ class Distill(StageConfig):
     ce_balance: Literal["static", "proportional"] = "static"
     """`proportional`: cross-entropy is scaled to the divergence first, by what both were a step before, so that
     `ce_weight` is its share of the loss; 0.5 is ModelOpt's balance."""
+    teacher_cache: Annotated[SampledTeacher | TopKTeacher, Field(discriminator="kind")] | None = None
+    """The teacher runs once over the text, and training reads a part of what it said from disk, for `forward_kl`.
+    It is kept under stillroom's home by content, for other students on the same text. None: the teacher runs in every
+    step."""
     chunk_tokens: int = Field(default=1024, ge=1)
     """Tokens whose logits exist at one time, in float32."""
     save_every_steps: int = Field(default=50, ge=1)
@@ -408,6 +455,11 @@ class Distill(StageConfig):
             )
         if self.teacher_share is not None and self.loss not in TEACHER_SHARE:
             raise ValueError(f"teacher_share goes with loss {' or '.join(TEACHER_SHARE)}, not {self.loss}")
+        if self.teacher_cache is not None and self.loss != "forward_kl":
+            raise ValueError(
+                f"teacher_cache holds a part of the teacher's distribution, which loss {self.loss} cannot be computed "
+                "from; use forward_kl, or leave teacher_cache out"
+            )
         if self.ce_balance == "proportional" and not 0 < self.ce_weight < 1:
             raise ValueError(
                 f"ce_balance proportional wants a ce_weight between 0 and 1, not {self.ce_weight:g}; "
@@ -431,6 +483,11 @@ class Distill(StageConfig):
     def num_steps(self) -> int:
         """Whole optimizer steps."""
         return self.tokens // (self.batch_size * self.sequence_length)
+
+    def teacher_cache_bytes(self, vocab_size: int) -> int:
+        """On disk, at most; 0 without one."""
+        tokens = self.num_steps * self.batch_size * self.sequence_length
+        return 0 if self.teacher_cache is None else tokens * teacher_cache_token_bytes(self.teacher_cache, vocab_size)
 
 
 Scheme = Literal["fp8", "int8", "none"]

@@ -15,9 +15,9 @@ float32 or better, whatever the inputs are; matrix products are in the inputs' d
 ModelOpt 0.47's LogitsDistillationLoss and KDTrainer are not used, for four reasons: the default reduction divides by
 the vocabulary too, so that the loss all but vanishes beside cross-entropy; `compute_loss` ignores how many tokens the
 whole optimizer batch has, so gradient accumulation scales the gradient; it wants the whole logits of both models; and
-it has neither top-k nor cached teachers to grow into. Liger Kernel 0.8.5's fused linear JSD is not used on CUDA either
-(read, not run): it has no soft cap, no skewed KL and no cross-entropy in the same walk, each of its calls divides by
-its own positions and not the step's, and by default it sums the head's gradient in the head's dtype.
+it has neither top-k nor cached teachers (here `sparse_losses`). Liger Kernel 0.8.5's fused linear JSD is not used on
+CUDA either (read, not run): it has no soft cap, no skewed KL and no cross-entropy in the same walk, each of its calls
+divides by its own positions and not the step's, and by default it sums the head's gradient in the head's dtype.
 
 Shapes: B batch, T tokens, N of B * T positions those that count, n of a chunk, D hidden (teacher and student may
 differ), V vocabulary.
@@ -25,8 +25,10 @@ differ), V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +62,17 @@ class Head:
     def capped(self, raw: Tensor) -> Tensor:
         """The soft cap, in place."""
         return raw if self.softcap is None else raw.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+Rows = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""For rows of a chunk and the student's logits there over tau, (n, V), which are overwritten: D and its gradient."""
+
+
+class Teaching(Protocol):
+    """What the teacher says of the next token, at N positions: its hidden states, or less."""
+
+    def chunk(self, at: slice) -> Rows:
+        """The part of it at these positions."""
 
 
 @dataclass(frozen=True)
@@ -150,17 +163,51 @@ def distillation_loss(
     and head.
     """
     chosen = slice(None) if counted_BT is None else counted_BT.flatten()
+    hidden_ND = teacher_hidden_BTD.detach().flatten(0, 1)[chosen]
+    teaching = _WholeTeaching(hidden_ND, Head(teacher.weight.detach(), teacher.softcap), settings)
+    return loss_toward(teaching, student_hidden_BTD, student, ids_BT, settings, positions, counted_BT=counted_BT)
+
+
+def loss_toward(
+    teaching: Teaching,
+    student_hidden_BTD: Tensor,
+    student: Head,
+    ids_BT: Tensor,
+    settings: LossSettings,
+    positions: Positions,
+    *,
+    counted_BT: Tensor | None = None,
+) -> DistillationLoss:
+    """`distillation_loss` toward whatever is known of the teacher at the positions that count, in their order."""
+    chosen = slice(None) if counted_BT is None else counted_BT.flatten()
     total, divergence, ce = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden_BTD.flatten(0, 1)[chosen],
         student.weight,
         student.softcap,
-        teacher_hidden_BTD.detach().flatten(0, 1)[chosen],
-        Head(teacher.weight.detach(), teacher.softcap),
+        teaching,
         _targets(ids_BT).flatten()[chosen],
         settings,
         positions,
     )
     return DistillationLoss(total, divergence, ce)
+
+
+@dataclass(frozen=True)
+class _WholeTeaching:
+    """The teacher's own hidden states, through its head."""
+
+    hidden_ND: Tensor
+    head: Head
+    settings: LossSettings
+
+    def chunk(self, at: slice) -> Rows:
+        raw_nV, of = self.hidden_ND[at] @ self.head.weight.T, self.settings
+
+        def divergence(rows: slice, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+            teacher_logits_nV = self.head.capped(to_math(raw_nV[rows])).div_(of.temperature)
+            return divergence_and_gradient(of.divergence, of.teacher_share, logits_nV, teacher_logits_nV)
+
+        return divergence
 
 
 def _targets(ids_BT: Tensor) -> Tensor:
@@ -179,8 +226,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         softcap: float | None,
-        teacher_hidden_ND: Tensor,
-        teacher: Head,
+        teaching: Teaching,
         targets_N: Tensor,
         settings: LossSettings,
         positions: Positions,
@@ -192,18 +238,13 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden_ND), settings.chunk_tokens):
             at = slice(start, start + settings.chunk_tokens)
-            raw_nV, teacher_raw_nV = hidden_ND[at] @ weight_VD.T, teacher_hidden_ND[at] @ teacher.weight.T
-            targets_n = targets_N[at]
+            raw_nV, teaching_n, targets_n = hidden_ND[at] @ weight_VD.T, teaching.chunk(at), targets_N[at]
             for rows in pieces(raw_nV):
                 logits = student.capped(to_math(raw_nV[rows]))
                 # d tanh: 1 - tanh^2, from the capped logits, which the next line overwrites
                 slope = None if softcap is None else 1 - (logits / softcap).square_()
                 divergence_sum, ce_sum, grad_logits = _loss_and_gradient(
-                    logits,
-                    teacher.capped(to_math(teacher_raw_nV[rows])),
-                    targets_n[rows],
-                    settings,
-                    positions,
+                    logits, partial(teaching_n, rows), targets_n[rows], settings, positions
                 )
                 divergence += divergence_sum
                 ce += ce_sum
@@ -224,7 +265,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.gradients]
-        return scaled[0], scaled[1], None, None, None, None, None, None
+        return scaled[0], scaled[1], None, None, None, None, None
 
 
 def pieces(raw_nV: Tensor) -> list[slice]:
@@ -239,9 +280,13 @@ def pieces(raw_nV: Tensor) -> list[slice]:
 
 
 def _loss_and_gradient(
-    logits_nV: Tensor, teacher_logits_nV: Tensor, targets_n: Tensor, settings: LossSettings, positions: Positions
+    logits_nV: Tensor,
+    teaching: Callable[[Tensor], tuple[Tensor, Tensor]],
+    targets_n: Tensor,
+    settings: LossSettings,
+    positions: Positions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of the divergence and of cross-entropy, and d total / d logits (n, V); both logits are overwritten.
+    """Sums of the divergence and of cross-entropy, and d total / d logits (n, V); the logits are overwritten.
 
     d/dz of tau^2 D(z / tau) is tau * D', and of cross-entropy softmax(z) - onehot.
     """
@@ -249,9 +294,7 @@ def _loss_and_gradient(
     ce_sum, ce_gradient = logits_nV.new_zeros(()), None
     if w > 0:
         ce_sum, ce_gradient = _cross_entropy(logits_nV, targets_n, w * settings.ce_scale / max(positions.ce, 1))
-    divergence_n, gradient = divergence_and_gradient(
-        settings.divergence, settings.teacher_share, logits_nV.div_(tau), teacher_logits_nV.div_(tau)
-    )
+    divergence_n, gradient = teaching(logits_nV.div_(tau))
     gradient *= (1 - w) * tau / max(positions.divergence, 1)
     if ce_gradient is not None:
         gradient += ce_gradient

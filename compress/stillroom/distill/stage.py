@@ -4,6 +4,9 @@ Everything that can be wrong is looked at before the first step: tokenizers, siz
 a few windows of the same blend are kept apart; KL to the teacher and top-1 agreement with it on them, before and after,
 are in the details, whatever the training loss. They say whether training worked, not how good the model is: that is
 measured on held-out text, which this stage never sees.
+
+With `teacher_cache` the teacher runs before the student is loaded, once, and is not in memory while the student trains;
+it is loaded again for the windows kept apart, before and after.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +25,7 @@ from stillroom.distill.closeness import Closeness, closeness
 from stillroom.distill.data import contamination_of, decontamination_details, packed_windows
 from stillroom.distill.decontaminate import Contamination
 from stillroom.distill.packing import Windows
+from stillroom.distill.teacher_cache import TeacherCache, open_cache, write_cache
 from stillroom.distill.train import BYTES_PER_PARAM, Point, Student, train
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.export.checkpoint import save_checkpoint
@@ -55,15 +60,15 @@ def run(job: Job) -> StageResult:
         f"{config.num_steps} steps of {config.batch_size} x {config.sequence_length} tokens from {len(windows)} windows"
     )
 
-    teacher = load_model(teacher_dir).requires_grad_(False)
+    teacher = load_teacher(job) if config.teacher_cache is None else _written_cache(job, windows, tokenizer, shape)
     model = load_model(student_dir)
     dtype = model.dtype
     student = Student(model)
-    before = _validate(student, teacher, validation, config)
+    before = _validate(job, student, teacher, validation)
     history = train(
         student, teacher, windows, config, seed=job.seed, scratch_dir=job.scratch_dir, progress=job.progress
     )
-    after = _validate(student, teacher, validation, config)
+    after = _validate(job, student, teacher, validation)
     model.to(dtype)
     student.publish()
     save_checkpoint(model, student_dir, job.out_dir)
@@ -73,7 +78,8 @@ def run(job: Job) -> StageResult:
         details=_details(history, len(windows))
         | _validated(before, "before")
         | _validated(after, "after")
-        | {"decontamination": dropped, "warnings": warnings},
+        | {"decontamination": dropped, "warnings": warnings}
+        | _cached(teacher, windows),
     )
 
 
@@ -125,8 +131,32 @@ def _windows(
     return windows[: len(windows) - apart], windows[len(windows) - apart :]
 
 
-def _validate(student: Student, teacher: PreTrainedModel, validation: Windows, config: Distill) -> Closeness | None:
-    return closeness(student.model, teacher, validation, config) if len(validation) else None
+def load_teacher(job: Job) -> PreTrainedModel:
+    return load_model(job.dense.model_dir).requires_grad_(False)
+
+
+def _written_cache(job: Job, windows: Windows, tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> TeacherCache:
+    """What the teacher says of the windows, on disk; it is in memory while something is missing there."""
+    config: Distill = job.config
+    cache = open_cache(config, windows, job.dense.model_dir, tokenizer, shape.vocab_size, seed=job.seed)
+    was = "written" if cache.missing() else "reused"
+    if cache.missing():
+        write_cache(cache, load_teacher(job), windows, config, seed=job.seed, progress=job.progress)
+    job.progress.log(
+        f"teacher cache {was}: {cache.num_bytes() / 1e6:.1f} MB, {cache.num_bytes() / windows.ids.numel():.1f} bytes a "
+        f"token, in {cache.path}"
+    )
+    return cache
+
+
+def _validate(
+    job: Job, student: Student, teacher: PreTrainedModel | TeacherCache, validation: Windows
+) -> Closeness | None:
+    """A cached teacher is loaded for it: a part of what it says is no measure."""
+    if not len(validation):
+        return None
+    whole = load_teacher(job) if isinstance(teacher, TeacherCache) else teacher
+    return closeness(student.model, whole, validation, job.config)
 
 
 def _validated(found: Closeness | None, when: str) -> dict[str, float | None]:
@@ -134,6 +164,14 @@ def _validated(found: Closeness | None, when: str) -> dict[str, float | None]:
         f"validation_kl_{when}": found.kl if found else None,
         f"validation_agreement_{when}": found.agreement if found else None,
     }
+
+
+def _cached(teacher: PreTrainedModel | TeacherCache, windows: Windows) -> dict[str, Any]:
+    if not isinstance(teacher, TeacherCache):
+        return {}
+    num_bytes = teacher.num_bytes()
+    facts = {"key": teacher.key, "bytes": num_bytes, "bytes_per_token": num_bytes / windows.ids.numel()}
+    return {"teacher_cache": facts}
 
 
 def _save_curve(path: Path, history: list[Point]) -> None:

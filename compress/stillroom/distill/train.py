@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillroom.distill.losses import LossSettings, Positions, count_positions, distillation_loss, head_of
+from stillroom.distill.losses import LossSettings, Positions, count_positions, distillation_loss, head_of, loss_toward
 from stillroom.distill.packing import Windows, last_hidden
+from stillroom.distill.teacher_cache import TeacherCache
 from stillroom.errors import EnvironmentCannot, InputError
 from stillroom.recipe import Distill
 from stillroom.stage import Progress
@@ -131,7 +132,7 @@ def _order(epoch: int, num_windows: int, seed: int) -> Tensor:
 
 def train(
     student: Student,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | TeacherCache,
     windows: Windows,
     config: Distill,
     *,
@@ -152,10 +153,10 @@ def train(
     tokens_per_step = config.batch_size * config.sequence_length
     for step in range(len(history), config.num_steps):
         started = time.perf_counter()
-        batch = windows[windows_of_step(step, len(windows), config.batch_size, seed)]
+        which = windows_of_step(step, len(windows), config.batch_size, seed)
         rate = learning_rate(step, config)
-        scale = _ce_scale(student, teacher, batch, config, history)
-        loss, divergence, ce = _accumulate(student, teacher, batch, config, ce_scale=scale)
+        scale = _ce_scale(student, teacher, windows, which, config, history)
+        loss, divergence, ce = _accumulate(student, teacher, windows, which, config, ce_scale=scale)
         grad_norm = _update(student, optimizer, rate, config, step=step + 1, loss=loss)
         tok_s = tokens_per_step / (time.perf_counter() - started)
         history.append(Point(step + 1, (step + 1) * tokens_per_step, loss, divergence, ce, rate, grad_norm, tok_s))
@@ -174,8 +175,9 @@ def _adamw(student: Student, config: Distill) -> torch.optim.AdamW:
 
 def _ce_scale(
     student: Student,
-    teacher: PreTrainedModel,
-    batch: Windows,
+    teacher: PreTrainedModel | TeacherCache,
+    windows: Windows,
+    which_B: Tensor,
     config: Distill,
     history: list[Point],
 ) -> float:
@@ -193,14 +195,16 @@ def _ce_scale(
         divergence, ce = before.divergence, before.ce
     else:
         with torch.no_grad():
-            _, divergence, ce = _accumulate(student, teacher, batch, config, ce_scale=1.0)
-    return config.temperature**2 * divergence / ce if ce > 0 else 1.0
+            _, divergence, ce = _accumulate(student, teacher, windows, which_B, config, ce_scale=1.0)
+    # estimated from few draws (`teacher_cache`), a divergence can be below 0; turning cross-entropy round is not meant
+    return config.temperature**2 * max(divergence, 0.0) / ce if ce > 0 else 1.0
 
 
 def _accumulate(
     student: Student,
-    teacher: PreTrainedModel,
-    batch: Windows,
+    teacher: PreTrainedModel | TeacherCache,
+    windows: Windows,
+    which_B: Tensor,
     config: Distill,
     *,
     ce_scale: float,
@@ -212,12 +216,12 @@ def _accumulate(
     settings = LossSettings(
         config.temperature, config.ce_weight, config.chunk_tokens, config.loss, config.mixture, ce_scale
     )
-    positions = count_positions(batch.ids, batch.counted)
+    step = windows[which_B]
+    positions = count_positions(step.ids, step.counted)
     sums = torch.zeros(3, dtype=torch.float64)
     try:
-        for start in range(0, len(batch), config.micro_batch_size):
-            some = batch[start : start + config.micro_batch_size]
-            loss = _forward_backward(student.model, teacher, some, settings, positions)
+        for some in torch.split(which_B, config.micro_batch_size):
+            loss = _forward_backward(student.model, teacher, windows, some, settings, positions)
             sums += torch.stack(loss).double().cpu()
     except torch.cuda.OutOfMemoryError as error:
         raise EnvironmentCannot(
@@ -231,19 +235,24 @@ def _accumulate(
 
 def _forward_backward(
     model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batch: Windows,
+    teacher: PreTrainedModel | TeacherCache,
+    windows: Windows,
+    which_b: Tensor,
     settings: LossSettings,
     positions: Positions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch = batch.to(model.device)
-    with torch.no_grad():
-        teacher_hidden = last_hidden(teacher, batch)
-    hidden = last_hidden(model, batch)
-    loss = distillation_loss(
-        hidden, head_of(model), teacher_hidden, head_of(teacher), batch.ids, settings, positions,
-        counted_BT=batch.counted,
-    )  # fmt: skip
+    batch = windows[which_b].to(model.device)
+    if isinstance(teacher, TeacherCache):
+        teaching, hidden = teacher.read(which_b, model.device), last_hidden(model, batch)
+        loss = loss_toward(teaching, hidden, head_of(model), batch.ids, settings, positions, counted_BT=batch.counted)
+    else:
+        with torch.no_grad():
+            teacher_hidden = last_hidden(teacher, batch)
+        hidden = last_hidden(model, batch)
+        loss = distillation_loss(
+            hidden, head_of(model), teacher_hidden, head_of(teacher), batch.ids, settings, positions,
+            counted_BT=batch.counted,
+        )  # fmt: skip
     if loss.total.requires_grad:
         torch.autograd.backward(loss.total)
     return loss.total.detach(), loss.divergence, loss.ce
