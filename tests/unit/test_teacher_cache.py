@@ -165,6 +165,15 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     assert shards(written(tmp_path, distill())) == whole
 
 
+def test_a_gpu_without_memory_for_the_teacher_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("no")
+
+    monkeypatch.setattr(teacher_cache, "last_hidden", out_of_memory)
+    with pytest.raises(EnvironmentCannot, match="for the teacher on micro_batch_size 2 x sequence_length 16"):
+        written(tmp_path, distill())
+
+
 def test_a_disk_without_room_is_found_before_the_teacher_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(EnvironmentCannot, match=r"teacher cache needs up to .*65 bytes a token.*lower draws"):

@@ -258,7 +258,14 @@ def write_cache(
             found: list[Pairs] = []
             for batch in batches:
                 started = time.perf_counter()
-                found += _said(teacher, windows, batch, config, seed)
+                try:
+                    found += _said(teacher, windows, batch, config, seed)
+                except torch.cuda.OutOfMemoryError as error:
+                    raise EnvironmentCannot(
+                        f"GPU memory is not enough for the teacher on micro_batch_size {config.micro_batch_size} x "
+                        f"sequence_length {config.sequence_length} with chunk_tokens {config.chunk_tokens}: lower "
+                        f"micro_batch_size, then chunk_tokens, and run again. {error}"
+                    ) from error
                 tok_s = len(batch) * config.sequence_length / (time.perf_counter() - started)
                 progress.update(batch.stop, len(windows), "window", tok_s=tok_s)
             cache.save(number, _shard(found, counted_of(windows[shard.start : shard.stop])))
