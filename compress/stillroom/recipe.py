@@ -308,8 +308,10 @@ class Prune(StageConfig):
     `leave_one_out_loss`, what each layer costs by itself; `block_influence` (ShortGPT), `angular` (one block; Gromov et
     al.), `magnitude`, `taylor`; `random` and `reversed` as controls. `auto`: `search`, and `block_influence` for
     encoders."""
-    width_importance: WidthMethod = "minitron"
-    """How channels, heads and experts are chosen: Minitron's activations, or one of the others to compare with."""
+    width_importance: WidthMethod = "l2"
+    """How channels, heads and experts are chosen: `l2`, the root mean square of activations; `minitron`, their mean
+    size in a sequence, L2 over sequences; or one of the others to compare with. `l2` lost least of these two on both models
+    that were measured (docs/benchmarks/pruning.md)."""
     search: SearchBudget = SearchBudget()
     repair: Repair = Repair()
     backend: Literal["stillroom", "megatron"] = "stillroom"

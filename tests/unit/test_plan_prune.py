@@ -54,7 +54,7 @@ def test_depth_is_searched_and_folded_where_a_decoder_fits_in_memory() -> None:
 
 def test_width_and_hidden_channels_are_reconstructed_and_read_out() -> None:
     told = seen(QWEN3_8B, TWO_GPUS, intermediate_size=8192, hidden_size=3584)
-    assert (told.depth, told.width, told.repair) == (None, "minitron", ("reconstruct", "readout"))
+    assert (told.depth, told.width, told.repair) == (None, "l2", ("reconstruct", "readout"))
     assert told.sizes == {"hidden_size": (4096, 3584), "intermediate_size": (12288, 8192)}
 
 

@@ -234,10 +234,10 @@ def _check_config(config: Prune, shape: ModelShape) -> None:
             f"backend: megatron knows no {family} models; it has {', '.join(published()['families'])}; use backend: "
             "stillroom"
         )
-    chosen = {"depth_importance": "auto", "width_importance": "minitron"}
-    for field, only in chosen.items():
-        if getattr(config, field) != only:
-            raise InputError(f"backend: megatron ranks by Minitron's own scores; leave {field} out (it is {only!r})")
+    own = {"depth_importance": "auto", "width_importance": "minitron"}
+    for field, allowed in own.items():
+        if field in config.model_fields_set and getattr(config, field) != allowed:
+            raise InputError(f"backend: megatron ranks by Minitron's own scores; leave {field} out, or say {allowed}")
     if "search" in config.model_fields_set:
         raise InputError("backend: megatron does not search for the layers to keep; leave `search` out")
     if config.drop_layers is not None:
