@@ -310,8 +310,8 @@ class Prune(StageConfig):
     encoders."""
     width_importance: WidthMethod = "l2"
     """How channels, heads and experts are chosen: `l2`, the root mean square of activations; `minitron`, their mean
-    size in a sequence, L2 over sequences; or one of the others to compare with. `l2` lost least of these two on both models
-    that were measured (docs/benchmarks/pruning.md)."""
+    size in a sequence, L2 over sequences; or one of the others to compare with. `l2` lost less than `minitron`
+    on both models that were measured (docs/benchmarks/pruning.md)."""
     search: SearchBudget = SearchBudget()
     repair: Repair = Repair()
     backend: Literal["stillroom", "megatron"] = "stillroom"
