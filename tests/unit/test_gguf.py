@@ -43,7 +43,7 @@ def test_gemma_s_tokenizer_that_transformers_breaks_is_refused(tmp_path: Path) -
     path = tmp_path / "gemma.gguf"
     write_gemma(path)
     with pytest.raises(
-        InputError, match=r"converts the tokenizer in .*gemma\.gguf wrongly .* give the model's safetens"
+        InputError, match=r"^transformers converts the tokenizer in .*gemma\.gguf wrongly: .* give the model's safetens"
     ):
         convert_gguf(path, tmp_path / "out", ModelSource(source=str(path)))
     assert not (tmp_path / "out").exists()

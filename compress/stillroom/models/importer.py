@@ -60,13 +60,17 @@ def run(job: Job) -> StageResult:
 def convert_gguf(path: Path, out_dir: Path, source: ModelSource) -> None:
     """Dequantize a GGUF file into a checkpoint directory with its tokenizer and chat template."""
     dtype = DTYPES["bfloat16" if source.dtype == "auto" else source.dtype]
+    unreadable = f"{path} is no GGUF file that transformers can convert"
     try:
         model_type = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).model_type
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        check_tokenizer(tokenizer, model_type, path)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{unreadable}: {error}") from error
+    check_tokenizer(tokenizer, model_type, path)
+    try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     except (ValueError, KeyError) as error:
-        raise InputError(f"{path} is no GGUF file that transformers can convert: {error}") from error
+        raise InputError(f"{unreadable}: {error}") from error
     # transformers reads SmolLM2's eos token from the GGUF as <|im_start|>; the model's own config has the right id
     if isinstance(model.config.eos_token_id, int):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
