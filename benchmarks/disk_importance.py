@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from child import run_child
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 2048, 8192, 32, 8, 32000
 WAYS = ("nothing", "from disk", "in memory")
@@ -87,16 +87,8 @@ def _make_checkpoint(path: Path, num_layers: int) -> None:
 def _run(way: str, folder: Path, windows: int, tokens: int) -> tuple[dict[str, Any], int]:
     """The child's answer, and its peak resident bytes."""
     sizes = ["--windows", str(windows), "--tokens", str(tokens)]
-    command = [sys.executable, __file__, "--child", way, "--folder", str(folder), *sizes]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    answer = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{way} failed with {child.returncode}")
-    parsed: dict[str, Any] = json.loads(answer)
-    return parsed, usage.ru_maxrss * 1024
+    command = [__file__, "--child", way, "--folder", str(folder), *sizes]
+    return run_child(command, way)
 
 
 def _child(way: str, folder: Path, num_windows: int, num_tokens: int) -> None:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, get_args
+
+from child import run_child
 
 from stillroom.recipe import TEACHER_SHARE, Divergence
 
@@ -75,16 +74,9 @@ def _arguments() -> argparse.Namespace:
 def _run(arguments: argparse.Namespace, way: str, loss: str) -> dict[str, float]:
     """What one process found: seconds, total loss, peak bytes."""
     sizes = [word for size in SIZES for word in (f"--{size}", str(getattr(arguments, size.replace("-", "_"))))]
-    command = [sys.executable, __file__, "--child", way, "--losses", loss, *sizes]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    answer = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{way} of {loss} failed with {child.returncode}")
-    found: dict[str, float] = json.loads(answer)
-    return {"peak_bytes": usage.ru_maxrss * 1024} | found
+    command = [__file__, "--child", way, "--losses", loss, *sizes]
+    found, peak_bytes = run_child(command, f"{way} of {loss}")
+    return {"peak_bytes": peak_bytes} | found
 
 
 def _child(arguments: argparse.Namespace) -> None:

@@ -17,12 +17,13 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from child import run_child
 
 GB = 1e9
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
@@ -121,15 +122,9 @@ def _run(what: str, source: Path, out: Path, cold: bool) -> tuple[float, int]:
     if cold:
         for file in _weights(source):
             _forget(file)
-    command = [sys.executable, __file__, "--child", what, "--source", str(source), "--out", str(out)]
-    child = subprocess.Popen([*command, "--cold"] if cold else command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    answer = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{what} failed with {child.returncode}")
-    return float(json.loads(answer)["seconds"]), usage.ru_maxrss * 1024
+    command = [__file__, "--child", what, "--source", str(source), "--out", str(out)]
+    answer, peak_bytes = run_child([*command, "--cold"] if cold else command, what)
+    return float(answer["seconds"]), peak_bytes
 
 
 def _child(what: str, source: Path, out: Path, cold: bool) -> None:
